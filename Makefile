@@ -1,0 +1,55 @@
+# Every target sets up what it needs; `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Workers import torch in every process: without bytecode that costs 10 s each instead of 3.5.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help install quickstart test test-all fmt lint types imports check bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Make .venv with everything
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "PU-Ray needs Python 3.11 or later, got " + sys.version.split()[0] + "; try: make PYTHON=python3.12 install")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (several GB the first time: torch brings its CUDA libraries)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+quickstart: $(STAMP) ## Run the whole chain on real images on this machine (about 4 minutes, no network)
+	@$(BIN)/pu-ray demo demo
+	@$(BIN)/pu-ray run cluster/jobs/smoke.yaml
+
+test: $(STAMP) ## Run the tests
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP) ## Run the tests, the slow ones too
+	@$(BIN)/python -m pytest
+
+fmt: $(STAMP) ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lint: $(STAMP) ## Check format and style
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: $(STAMP) ## Check types
+	@$(BIN)/mypy
+
+imports: $(STAMP) ## Check who may import whom
+	@$(BIN)/lint-imports --no-logo
+
+check: lint types imports test ## Everything CI runs
+
+bench: $(STAMP) ## Measure the quickstart anew and print its table (docs/benchmarks/)
+	@$(BIN)/python -m tests.benchmarks.quickstart
+
+clean: ## Remove the demo and its runs, keep .venv
+	@rm -rf demo runs
