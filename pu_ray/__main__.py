@@ -1,0 +1,5 @@
+"""`python -m pu_ray` is `pu-ray`."""
+
+from pu_ray.cli import main
+
+main()

@@ -1,0 +1,606 @@
+"""Every setting of a job: one YAML, typed, closed, with the origin of each value.
+
+Values come in layers, later ones win: the models' defaults, the recipe, the job file, the environment
+(`PU_RAY__SECTION__KEY=value`) and `--set section.key=value`. Nothing here touches Ray, torch or storage,
+so a wrong job file stops in well under a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pu_ray.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "PU_RAY__"
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PreprocessingConfig(_Section):
+    """How encoded images become a network's input. Scoring transforms have no randomness."""
+
+    size_px: PositiveInt = Field(default=224, description="Height and width of the network's input.")
+    resize_px: PositiveInt | None = Field(
+        default=None, description="Shorter side before the centre crop; default: `size_px`."
+    )
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    channels: Literal[1, 3] = Field(default=3, description="1 for greyscale networks.")
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="Per channel, of pixels in [0, 1].")
+    std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), description="Per channel, of pixels in [0, 1].")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(
+                f"mean and std need one number per channel ({self.channels}), got {len(self.mean)} and {len(self.std)}"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"every std must be above 0, got {min(self.std)}")
+        if self.resize_px is not None and self.resize_px < self.size_px:
+            raise ValueError(f"resize_px ({self.resize_px}) must be at least size_px ({self.size_px})")
+        return self
+
+    @property
+    def shape_hwc(self) -> tuple[int, int, int]:
+        """Shape of one decoded image."""
+        return (self.size_px, self.size_px, self.channels)
+
+
+class NetworkConfig(_Section):
+    """A network by name: `cifar/resnet8-w16`, `torchvision/resnet18`, `timm/resnet34`, or a bare torchvision name."""
+
+    architecture: str = Field(min_length=1)
+    options: dict[str, int | float | bool | str] = Field(
+        default_factory=dict, description="Keyword arguments of the network's factory."
+    )
+
+
+class TeacherConfig(NetworkConfig):
+    """The trained classifier the student learns from."""
+
+    weights: str = Field(description="URI of a .safetensors file, or of a .pth state dict (loaded weights_only).")
+    classes: str = Field(description="URI of a text file with one class name per line, in the order of the logits.")
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    stages: tuple[str, ...] | None = Field(
+        default=None, description="Module names whose pooled outputs are the multi-scale features; default: found."
+    )
+
+
+class ImagesConfig(_Section):
+    """A labeled image collection: one folder per class, named as in `teacher.classes`."""
+
+    uri: str = Field(min_length=1)
+
+
+class LakeConfig(_Section):
+    """The unlabeled images."""
+
+    uri: str = Field(min_length=1)
+    format: Literal["auto", "parquet", "tar", "folder"] = "auto"
+    max_error_share: Share = Field(default=0.05, description="The run stops (exit 3) above this share of bad images.")
+    max_image_bytes: PositiveInt = Field(default=64 * 2**20, description="Larger encoded images become error rows.")
+    max_image_px: PositiveInt = Field(default=100_000_000, description="Width x height checked before decoding.")
+    chunk_rows: PositiveInt = Field(default=2048, description="Images per unit of work inside a shard.")
+    truth: str | None = Field(
+        default=None, description="Parquet of sample_id and class where the lake's truth is known (benchmarks)."
+    )
+
+
+class FeaturesConfig(_Section):
+    """The one pass of the frozen teacher over the lake."""
+
+    engine: Literal["auto", "torch", "onnx"] = Field(
+        default="auto", description="auto: torch on a GPU, ONNX Runtime on a CPU."
+    )
+    batch_size: PositiveInt = 128
+
+
+class SplitConfig(_Section):
+    """How the labeled images are shared out; a calibration image is never used for training."""
+
+    train: OpenShare = 0.5
+    validate_: OpenShare = Field(default=0.15, alias="validate")
+    calibrate: OpenShare = 0.35
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = self.train + self.validate_ + self.calibrate
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"train + validate + calibrate must be 1, got {total:g}")
+        return self
+
+
+class OptimizerConfig(_Section):
+    """An optimiser and its schedule over the epochs of one fit."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    momentum: Share = Field(default=0.9, description="Nesterov momentum of SGD; ignored by AdamW.")
+    weight_decay: NonNegativeFloat = 1e-4
+    schedule: Literal["constant", "cosine", "one_cycle", "milestones"] = "cosine"
+    milestones: tuple[OpenShare, ...] = Field(
+        default=(), description="Shares of the fit after which the rate drops tenfold; schedule `milestones` only."
+    )
+
+    @model_validator(mode="after")
+    def _milestones_match(self) -> Self:
+        if (self.schedule == "milestones") != bool(self.milestones):
+            raise ValueError(
+                "milestones are given exactly when schedule is 'milestones', "
+                f"got schedule {self.schedule!r} and milestones {list(self.milestones)}"
+            )
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"milestones must rise, got {list(self.milestones)}")
+        return self
+
+
+class ScorerConfig(_Section):
+    """The PU classifier that tells lake images of the teacher's classes from all others."""
+
+    kind: Literal["nnpu", "pvu"] = Field(
+        default="nnpu",
+        description="nnpu: non-negative PU risk (Kiryo et al. 2017); pvu: logistic positive-vs-unlabeled.",
+    )
+    features: Literal["frozen", "finetuned"] = Field(
+        default="frozen", description="frozen: a head on cached features; finetuned: the whole network (the paper)."
+    )
+    prior: Literal["auto"] | OpenShare = Field(default="auto", description="Share of positives in the lake.")
+    attention: bool = Field(default=True, description="Squeeze-and-excitation gate over the multi-scale features.")
+    hidden: Annotated[int, Field(ge=0)] = Field(default=64, description="Width of a hidden layer; 0: none.")
+    loss: Literal["sigmoid", "logistic"] = Field(default="logistic", description="nnPU: loss of one margin.")
+    positive_weight: Literal["prior"] | OpenShare = Field(
+        default=0.5, description="nnPU: weight of the positives' risk; prior: the plain risk; else imbalanced nnPU."
+    )
+    beta: NonNegativeFloat = Field(default=0.0, description="nnPU: tolerance below zero before the correction.")
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="nnPU: step of the correction.")
+    unlabeled_sample: PositiveInt = Field(default=20_000, description="Lake images the fit may see.")
+    split: SplitConfig = SplitConfig()
+    batch_size: Annotated[int, Field(ge=2)] = 512
+    positive_share: OpenShare = Field(default=0.25, description="Share of labeled positives in every step.")
+    epochs: PositiveInt = Field(default=20, description="Passes over the unlabeled sample.")
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2, weight_decay=1.0)
+
+
+class SelectionConfig(_Section):
+    """Which lake images teach the student."""
+
+    rule: Literal["recall", "budget", "zero", "random"] = Field(
+        default="recall",
+        description="recall: keep a promised share of positives; budget: the best N; "
+        "zero: score > 0 (the paper); random: N at random (a control).",
+    )
+    recall: OpenShare = 0.95
+    confidence: OpenShare = 0.95
+    budget: PositiveInt | None = Field(default=None, description="At most this many images.")
+    balance: Literal["quota", "none"] = Field(
+        default="quota", description="quota: when the budget binds, classes get equal shares, unused ones pass on."
+    )
+    near_copy_correlation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.995,
+        description="Leak check: thumbnails that correlate this much with a test image's are copies of it.",
+    )
+
+    @model_validator(mode="after")
+    def _budget_where_needed(self) -> Self:
+        if self.rule in ("budget", "random") and self.budget is None:
+            raise ValueError(f"rule {self.rule!r} needs selection.budget, the number of images to choose")
+        return self
+
+
+class LossesConfig(_Section):
+    """The distillation loss (METHOD: robust knowledge distillation)."""
+
+    temperature: PositiveFloat = 4.0
+    robust: Literal["exact", "paper", "none"] = Field(
+        default="exact", description="Adversary over class weights: exact maximum, the paper's random one, or none."
+    )
+    radius: NonNegativeFloat = Field(default=0.1, description="Size of the class-weight uncertainty set.")
+    class_weights: bool = Field(default=True, description="Weigh rare predicted classes up.")
+    class_weight_clip: Annotated[float, Field(ge=1.0)] = Field(
+        default=10.0, description="Largest ratio of a class weight to the mean."
+    )
+
+
+class AugmentConfig(_Section):
+    """Random crops and flips during distillation; teacher and student see the same crop."""
+
+    crop_padding_px: Annotated[int, Field(ge=0)] = 4
+    horizontal_flip: bool = True
+
+
+class DistillConfig(_Section):
+    """The student's training."""
+
+    epochs: PositiveInt = 200
+    max_steps: PositiveInt | None = Field(default=None, description="Stop after this many steps, whatever the epochs.")
+    batch_size: Annotated[int, Field(ge=2)] = Field(default=128, description="Over all workers.")
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        default=1, description="A number, or [fewest, most] for elastic training."
+    )
+    losses: LossesConfig = LossesConfig()
+    labeled_share: Literal["auto"] | Share = Field(
+        default="auto", description="Share of labeled images in each batch; auto: sampled evenly."
+    )
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", lr=0.1, weight_decay=5e-4, schedule="one_cycle")
+    validations: PositiveInt = Field(default=10, description="How often held-out labeled images judge the student.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(default=3, description="Worker losses survived by a restart.")
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers must be [fewest, most], got {list(self.workers)}")
+        return self
+
+    @property
+    def fewest_workers(self) -> int:
+        """The number of workers without which training does not start."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+
+class GateConfig(_Section):
+    """What a student must reach, else exit 5 and no export."""
+
+    max_gap_to_teacher: NonNegativeFloat | None = Field(
+        default=None, description="Percentage points of test accuracy; default: no gate."
+    )
+
+
+class EvaluationConfig(_Section):
+    """The one look at the test images."""
+
+    gate: GateConfig = GateConfig()
+    controls: tuple[Literal["random"], ...] = Field(
+        default=(), description="Students to train beside ours, with equal budget and the same recipe."
+    )
+    batch_size: PositiveInt = 256
+
+
+class ExportConfig(_Section):
+    """The portable student; each format must agree with the checkpoint, else there is no artifact."""
+
+    formats: tuple[Literal["safetensors", "pt2", "onnx"], ...] = ("safetensors", "pt2", "onnx")
+    opset: Annotated[int, Field(ge=18, le=24)] = 20
+    max_logit_difference: PositiveFloat = Field(default=1e-3, description="Absolute, over real images.")
+    min_agreement: OpenShare = Field(default=0.999, description="Share of real images with the same answer.")
+
+    @model_validator(mode="after")
+    def _weights_are_there(self) -> Self:
+        if "safetensors" not in self.formats:
+            raise ValueError(f"formats must hold 'safetensors', the weights themselves, got {list(self.formats)}")
+        return self
+
+
+class EmbedResources(_Section):
+    """The actor pool that runs networks over the lake."""
+
+    gpus: NonNegativeFloat = 0.0
+    cpus: NonNegativeFloat = 1.0
+    min_actors: PositiveInt = 1
+    max_actors: PositiveInt = 2
+    memory_gib: PositiveFloat = Field(default=2.0, description="Logical memory reserved for each actor.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors ({self.min_actors}) must not exceed max_actors ({self.max_actors})")
+        if self.gpus == 0 and self.cpus == 0:
+            raise ValueError("an actor needs gpus or cpus above 0, got 0 and 0")
+        return self
+
+
+class DecodeResources(_Section):
+    """The tasks that read and decode images."""
+
+    cpus: PositiveFloat = 1.0
+
+
+class TrainResources(_Section):
+    """One distillation worker."""
+
+    gpus: NonNegativeFloat = 0.0
+    cpus: PositiveFloat = 1.0
+
+
+class ResourcesConfig(_Section):
+    """What the stages ask of the cluster."""
+
+    embed: EmbedResources = EmbedResources()
+    decode: DecodeResources = DecodeResources()
+    train: TrainResources = TrainResources()
+
+
+class JobConfig(_Section):
+    """One job, from teacher and lake to student."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    recipe: Literal["default", "paper"] = "default"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output: str = Field(min_length=1, description="Folder or URI that receives the artifacts.")
+    teacher: TeacherConfig
+    labeled: ImagesConfig
+    test: ImagesConfig
+    lake: LakeConfig
+    features: FeaturesConfig = FeaturesConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    selection: SelectionConfig = SelectionConfig()
+    student: NetworkConfig
+    distill: DistillConfig = DistillConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    def section(self, dotted: str) -> Any:
+        """The value at a dotted path as plain JSON data, for example `"teacher.preprocessing"`."""
+        value: Any = self.model_dump(mode="json", by_alias=True)
+        for key in dotted.split("."):
+            value = value[key]
+        return value
+
+
+# A recipe is a layer between the models' defaults and the job file.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    # Xu et al. 2019, section 4, and the settings of the published code (METHOD section 1).
+    "paper": {
+        "scorer": {
+            "kind": "nnpu",
+            "features": "finetuned",
+            "attention": True,
+            "hidden": 0,
+            "loss": "sigmoid",
+            "positive_weight": "prior",
+            "epochs": 170,
+            "batch_size": 4096,
+            "optimizer": {
+                "kind": "sgd",
+                "lr": 1e-3,
+                "weight_decay": 5e-3,
+                "schedule": "milestones",
+                "milestones": [50 / 170, 100 / 170, 150 / 170],
+            },
+        },
+        "selection": {"rule": "zero", "balance": "none"},
+        "distill": {
+            "epochs": 200,
+            "batch_size": 2048,
+            "losses": {"temperature": 1.0, "robust": "paper", "radius": 0.1},
+            "optimizer": {
+                "kind": "sgd",
+                "lr": 0.1,
+                "weight_decay": 5e-4,
+                "schedule": "milestones",
+                "milestones": [50 / 200, 100 / 200, 150 / 200],
+            },
+        },
+    },
+}
+
+
+class ResolvedConfig:
+    """A validated job together with where each value came from."""
+
+    def __init__(self, job: JobConfig, origins: Mapping[str, str]) -> None:
+        self.job = job
+        self._origins = dict(origins)
+
+    def values(self) -> Iterator[tuple[str, Any, str]]:
+        """Every setting as (dotted path, value, origin), in the order of the models."""
+        for path, value in _leaves(self.job.model_dump(mode="json", by_alias=True)):
+            yield path, value, self._origin(path)
+
+    def _origin(self, path: str) -> str:
+        # A list or tuple is set as a whole, so a leaf's origin may be recorded at one of its parents.
+        while path:
+            if path in self._origins:
+                return self._origins[path]
+            path = path.rpartition(".")[0]
+        return "default"
+
+
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> ResolvedConfig:
+    """Read a job file and apply the layers above it.
+
+    Args:
+        path: A YAML file on this machine.
+        overrides: `section.key=value` strings; values are parsed as YAML.
+        environment: Variables to read `PU_RAY__SECTION__KEY` from; default `os.environ`.
+
+    Raises:
+        ConfigError: Anything about the file, a key, a value or a combination.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            "the job file cannot be read", where=str(path), got=error.strerror, hint="give the path of a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("the job file is not UTF-8 text", where=str(path), got=str(error)) from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("the job file is not valid YAML", where=str(path), got=str(error)) from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            "the job file holds no settings", where=str(path), allowed="a YAML mapping", got=type(content).__name__
+        )
+    layers = [(f"file {path.name}", content)]
+    for key, value in sorted((os.environ if environment is None else environment).items()):
+        if key.startswith(ENVIRONMENT_PREFIX):
+            dotted = key.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            layers.append((f"environment {key}", _nest(dotted, _parse_value(key, value))))
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals or not dotted.strip():
+            raise ConfigError("an override has no '='", where="--set", allowed="section.key=value", got=override)
+        layers.append(("--set", _nest(dotted.strip(), _parse_value(dotted, value))))
+    return resolve(layers)
+
+
+def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> ResolvedConfig:
+    """Merge (origin, settings) layers over the recipe they name, and validate.
+
+    Raises:
+        ConfigError: With one paragraph per wrong field.
+    """
+    recipe = "default"
+    for _, layer in layers:
+        recipe = layer.get("recipe", recipe)
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    recipe_layer = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+    for origin, layer in [(f"recipe {recipe}", recipe_layer), *layers]:
+        _merge(merged, layer, origin, origins)
+    try:
+        job = JobConfig.model_validate(merged)
+    except ValidationError as error:
+        raise _explain(error, origins) from error
+    return ResolvedConfig(job, origins)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of plain JSON data; independent of key order."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a job file, for editors."""
+    return JobConfig.model_json_schema()
+
+
+def _parse_value(where: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("the value is not valid YAML", where=where, got=text) from error
+
+
+def _nest(dotted: str, value: Any) -> dict[str, Any]:
+    nested: Any = value
+    for key in reversed(dotted.split(".")):
+        nested = {key: nested}
+    assert isinstance(nested, dict)
+    return nested
+
+
+def _merge(
+    into: dict[str, Any], layer: Mapping[str, Any], origin: str, origins: dict[str, str], prefix: str = ""
+) -> None:
+    for key, value in layer.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            child = into.get(key)
+            if not isinstance(child, dict):
+                child = into[key] = {}
+            _merge(child, value, origin, origins, f"{path}.")
+        else:
+            into[key] = value
+            origins[path] = origin
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
+    """One readable error for all that pydantic found, one paragraph per field."""
+    by_field: dict[str, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        names = [str(part) for part in item["loc"]]
+        if item["type"] != "extra_forbidden":  # an unknown key may well be called "int"
+            names = [name for name in names if not (_is_union_tag(name) or name.isdigit())]
+        by_field.setdefault(".".join(names) or "job", []).append(item)
+    paragraphs = [_paragraph(where, items, origins.get(where)) for where, items in by_field.items()]
+    if len(paragraphs) == 1:
+        return paragraphs[0]
+    text = "\n".join(str(paragraph) for paragraph in paragraphs)
+    return ConfigError(f"{len(paragraphs)} settings are wrong\n{text}")
+
+
+def _paragraph(where: str, items: Sequence[Any], origin: str | None) -> ConfigError:
+    """The error of one field; a union's alternatives each bring an item."""
+    place = f"{where} ({origin})" if origin else where
+    item = items[0]
+    if item["type"] == "extra_forbidden":
+        parents, _, name = where.rpartition(".")
+        known = _field_names(parents.split(".") if parents else [])
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "remove it, or correct its name"
+        return ConfigError("unknown key", where=place, allowed=", ".join(known), got=name, hint=hint)
+    if item["type"] == "missing":
+        return ConfigError("a required key is missing", where=place, hint=f"add {where} to the job file")
+    got = repr(item["input"]) if len(repr(item["input"])) <= 120 else type(item["input"]).__name__
+    allowed = [_allowed(each) for each in items]
+    if len(items) > 1:
+        return ConfigError(
+            "none of the allowed forms", where=place, allowed=", or ".join(filter(None, allowed)), got=got
+        )
+    return ConfigError(item["msg"].removeprefix("Value error, "), where=place, allowed=allowed[0], got=got)
+
+
+def _allowed(item: Any) -> str | None:
+    context = item.get("ctx", {})
+    if "expected" in context:
+        return str(context["expected"])
+    bounds = [
+        f"{sign} {context[key]}"
+        for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if key in context
+    ]
+    if bounds:
+        return " and ".join(bounds)
+    plain = {
+        "string_pattern_mismatch": f"text matching {context.get('pattern')}",
+        "int_parsing": "a whole number",
+        "int_type": "a whole number",
+        "float_parsing": "a number",
+        "float_type": "a number",
+        "tuple_type": "a list",
+    }
+    return plain.get(item["type"])
+
+
+def _is_union_tag(part: str) -> bool:
+    # pydantic appends the tried alternative of a union ("int", "literal['auto']", "constrained-float") to the path.
+    return bool(re.fullmatch(r"(int|float|bool|str|none|literal\[.*\]|constrained-\w+|tuple\[.*\]|function-.*)", part))
+
+
+def _field_names(path: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = JobConfig
+    for name in path:
+        annotation = next(
+            (field.annotation for key, field in model.model_fields.items() if name in (key, field.alias)), None
+        )
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return [field.alias or key for key, field in model.model_fields.items()]
