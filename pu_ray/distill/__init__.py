@@ -1,0 +1,1 @@
+"""Robust knowledge distillation: losses, the adversary over class weights, and the training loop."""
