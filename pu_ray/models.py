@@ -1,0 +1,359 @@
+"""Networks by name, safely loaded weights, and taps on a teacher's stages.
+
+Axes: N images, C channels, H, W; D feature width, the sum of the stages' channels; K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pu_ray.config import JobConfig, NetworkConfig, PreprocessingConfig, TeacherConfig
+from pu_ray.errors import ConfigError, DataError
+from pu_ray.storage import Storage
+
+# -- CIFAR-style residual networks -------------------------------------------------------------------------
+
+# Blocks per stage. Three stages: He et al. 2016, section 4.2 (6n+2 layers); four: the ImageNet nets with a 3x3 stem.
+_CIFAR_BLOCKS: Mapping[int, tuple[int, ...]] = {
+    8: (1, 1, 1),
+    14: (2, 2, 2),
+    20: (3, 3, 3),
+    32: (5, 5, 5),
+    56: (9, 9, 9),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+}
+_CIFAR_NAME = re.compile(r"cifar/resnet(?P<depth>\d+)-w(?P<width>\d+)")
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        out = functional.relu(self.bn1(self.conv1(x_NCHW)))
+        out = self.bn2(self.conv2(out))
+        return functional.relu(out + self.shortcut(x_NCHW))
+
+
+class CifarResNet(nn.Module):
+    """Residual network for small images: a 3x3 stem without pooling, channels doubling per stage.
+
+    Args:
+        depth: 8, 14, 20, 32 or 56 (three stages), 18 or 34 (four stages).
+        width: Channels of the first stage.
+        classes: Number of logits.
+        in_channels: 1 or 3.
+    """
+
+    def __init__(self, depth: int, width: int, classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        channels = width
+        self.stage_names = []
+        for index, blocks in enumerate(_CIFAR_BLOCKS[depth]):
+            out_channels = width * 2**index
+            layers: OrderedDict[str, nn.Module] = OrderedDict()
+            for block in range(blocks):
+                stride = 2 if index > 0 and block == 0 else 1
+                layers[str(block)] = _BasicBlock(channels, out_channels, stride)
+                channels = out_channels
+            self.add_module(f"layer{index + 1}", nn.Sequential(layers))
+            self.stage_names.append(f"layer{index + 1}")
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits [N, K]."""
+        x_NCHW = self.stem(x_NCHW)
+        for name in self.stage_names:
+            x_NCHW = getattr(self, name)(x_NCHW)
+        return cast(Tensor, self.head(x_NCHW.mean(dim=(2, 3))))
+
+
+# -- factory -----------------------------------------------------------------------------------------------
+
+
+def build(network: NetworkConfig, classes: int, in_channels: int) -> nn.Module:
+    """A freshly initialised network.
+
+    Args:
+        network: `cifar/resnet{depth}-w{width}`, `torchvision/{name}`, `timm/{name}`; a bare name is torchvision's.
+        classes: Number of logits.
+        in_channels: 1 or 3; torchvision's networks take 3 only.
+
+    Raises:
+        ConfigError: Unknown name, or options the factory refuses.
+    """
+    name = network.architecture
+    try:
+        if match := _CIFAR_NAME.fullmatch(name):
+            depth, width = int(match["depth"]), int(match["width"])
+            if depth in _CIFAR_BLOCKS and width > 0:
+                return CifarResNet(depth, width, classes, in_channels, **cast(Any, network.options))
+        elif name.startswith("timm/"):
+            import timm
+
+            if timm.is_model(name.removeprefix("timm/")):
+                options: dict[str, Any] = {"num_classes": classes, "in_chans": in_channels, **network.options}
+                return timm.create_model(name.removeprefix("timm/"), pretrained=False, **options)
+        else:
+            from torchvision import models as torchvision_models
+
+            plain = name.removeprefix("torchvision/")
+            if plain in torchvision_models.list_models(module=torchvision_models):
+                if in_channels != 3:
+                    raise ConfigError(
+                        "torchvision's networks take colour images",
+                        where="preprocessing.channels",
+                        allowed="3",
+                        got=str(in_channels),
+                        hint="set channels to 3 (grey images are repeated), or use a timm/ or cifar/ network",
+                    )
+                options = {"num_classes": classes, "weights": None, **network.options}
+                return cast(nn.Module, torchvision_models.get_model(plain, **options))
+    except TypeError as error:
+        raise ConfigError(
+            "the network refuses these options", where=name, got=str(dict(network.options)), hint=str(error)
+        ) from error
+    raise ConfigError(
+        "unknown network",
+        where="architecture",
+        allowed=f"cifar/resnet{{{','.join(map(str, sorted(_CIFAR_BLOCKS)))}}}-w{{width}}, torchvision/NAME, timm/NAME",
+        got=name,
+    )
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, buffers excluded."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+def read_classes(uri: str) -> list[str]:
+    """Class names in the order of the logits, from a text file with one per line.
+
+    Raises:
+        DataError: Missing, fewer than two names, or a name twice.
+    """
+    folder, name = Storage(uri).split()
+    classes = [line.strip() for line in folder.read_text(name).splitlines() if line.strip()]
+    if len(classes) < 2 or len(set(classes)) != len(classes):
+        raise DataError(
+            "the class list is not usable",
+            where=uri,
+            allowed="two or more different names, one per line",
+            got=str(classes[:20]),
+        )
+    return classes
+
+
+def load_weights(module: nn.Module, uri: str) -> None:
+    """Load a state dict without unpickling anything but tensors.
+
+    Raises:
+        DataError: Missing, unsafe, or not this network's weights; names the first differences.
+    """
+    folder, name = Storage(uri).split()
+    content = folder.read_bytes(name)
+    if name.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            state = load(content)
+        except SafetensorError as error:
+            raise DataError("not a safetensors file", where=uri, got=str(error)) from error
+    else:
+        try:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds; all mean that the file cannot be trusted or read
+            raise DataError(
+                "the weights cannot be loaded safely",
+                where=uri,
+                allowed="a .safetensors file, or a .pth that holds a plain state dict",
+                got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+                hint="save the state dict with safetensors.torch.save_file",
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise DataError("not a plain state dict", where=uri, allowed="a mapping of names to tensors")
+    own = module.state_dict()
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key}: {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise DataError(
+            "the weights do not belong to this network",
+            where=uri,
+            got="; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""),
+            hint="check architecture, its options, the class list and preprocessing.channels",
+        )
+    module.load_state_dict(state)
+
+
+def save_weights(module: nn.Module) -> bytes:
+    """The state dict as safetensors bytes."""
+    from safetensors.torch import save
+
+    return save({key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()})
+
+
+# -- the frozen teacher ------------------------------------------------------------------------------------
+
+
+class Teacher(nn.Module):
+    """A trained network that cannot be trained again: frozen, and always in eval mode.
+
+    `forward` takes normalised images [N, C, H, W] and returns the multi-scale features [N, D], each stage's
+    output averaged over space (or tokens), and the logits [N, K] (paper, section 3.1).
+    """
+
+    def __init__(self, network: nn.Module, stages: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.tapped = TappedNetwork(network, stages)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode, whatever is asked."""
+        return self
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and logits [N, K]."""
+        return cast(tuple[Tensor, Tensor], self.tapped(x_NCHW))
+
+
+class TappedNetwork(nn.Module):
+    """A network whose stages are observed on the way to its logits."""
+
+    def __init__(self, network: nn.Module, stages: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.stages = tuple(stages) if stages is not None else find_stages(network)
+        modules = dict(network.named_modules())
+        missing = [name for name in self.stages if name not in modules]
+        if missing or not self.stages:
+            raise ConfigError(
+                "the network has no such module",
+                where="teacher.stages",
+                allowed=", ".join(name for name, _ in network.named_children()),
+                got=", ".join(missing) or "none",
+            )
+        self._taps: dict[str, Tensor] = {}
+        for name in self.stages:
+            modules[name].register_forward_hook(self._observe(name))
+
+    def _observe(self, name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._taps[name] = output
+
+        return hook
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and logits [N, K]."""
+        logits_NK = self.network(x_NCHW)
+        channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")  # timm's word for it
+        pooled = [_pool(self._taps[name], channels_last) for name in self.stages]
+        self._taps.clear()
+        return torch.cat(pooled, dim=1), logits_NK
+
+
+def find_stages(network: nn.Module) -> tuple[str, ...]:
+    """Names of the modules after which the resolution changes, for the families that name them.
+
+    Raises:
+        ConfigError: An unknown family; `teacher.stages` must name them.
+    """
+    if names := getattr(network, "stage_names", None):
+        return tuple(names)
+    children = dict(network.named_children())
+    resnet = tuple(name for name in ("layer1", "layer2", "layer3", "layer4") if name in children)
+    if len(resnet) >= 3:
+        return resnet
+    info = getattr(network, "feature_info", None)  # timm
+    if info:
+        return tuple(str(entry["module"]) for entry in info)
+    raise ConfigError(
+        "the stages of this network are not known",
+        where="teacher.stages",
+        allowed="a list of module names, early to late",
+        got=f"none, for {type(network).__name__}",
+        hint=f"its children are: {', '.join(children)}",
+    )
+
+
+def _pool(output: Tensor, channels_last: bool) -> Tensor:
+    if output.ndim == 4:
+        return output.mean(dim=(1, 2) if channels_last else (2, 3))
+    return output.mean(dim=1) if output.ndim == 3 else output
+
+
+def load_teacher(teacher: TeacherConfig) -> tuple[Teacher, list[str]]:
+    """The frozen teacher and its class names.
+
+    Raises:
+        ConfigError: Unknown network or stages.
+        DataError: Weights or classes that cannot be used.
+    """
+    classes = read_classes(teacher.classes)
+    network = build(teacher, len(classes), teacher.preprocessing.channels)
+    load_weights(network, teacher.weights)
+    return Teacher(network, teacher.stages), classes
+
+
+def load_student(config: JobConfig, folder: Storage, classes: int) -> nn.Module:
+    """The distilled student, in eval mode, from a folder with `model.safetensors`."""
+    student = build(config.student, classes, config.teacher.preprocessing.channels)
+    load_weights(student, f"{folder.uri}/model.safetensors")
+    return student.eval()
+
+
+class Normalised(nn.Module):
+    """Puts normalisation in front of a network, so that uint8 pixels travel and the device does the arithmetic."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: PreprocessingConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocessing = preprocessing
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1) * 255)
+        self.register_buffer("scale", 1 / (torch.tensor(preprocessing.std).view(1, -1, 1, 1) * 255))
+
+    def forward(self, pixels_NHWC: Tensor) -> Any:
+        """The network's outputs for uint8 [N, H, W, C]."""
+        # Explicitly NCHW in memory: with the permuted layout torch 2.15 corrupts its heap in the backward pass of
+        # narrow convolutions on one CPU thread (docs/LOG.md).
+        x_NCHW = pixels_NHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return self.network((x_NCHW - self.mean) * self.scale)
+
+
+def example_pixels(preprocessing: PreprocessingConfig, images: int = 2, seed: int = 0) -> Tensor:
+    """Random uint8 images [N, H, W, C], for tracing and warm-up."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (images, *preprocessing.shape_hwc), dtype=torch.uint8, generator=generator)

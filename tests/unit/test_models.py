@@ -1,0 +1,433 @@
+"""pu_ray/models.py: networks by name, weights that cannot run code, and a teacher that cannot be trained."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from pu_ray import images, models
+from pu_ray.config import NetworkConfig, PreprocessingConfig, TeacherConfig
+from pu_ray.errors import ConfigError, DataError
+from pu_ray.models import CifarResNet, Teacher, build
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small networks lose more to waiting threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(name, classes=3, in_channels=3, **options):
+    return build(NetworkConfig(architecture=name, options=options), classes, in_channels)
+
+
+# -- factory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks"),
+    [(8, 3), (14, 6), (20, 9), (32, 15), (56, 27), (18, 8), (34, 16)],
+)
+def test_the_depth_in_a_name_is_the_number_of_weighted_layers(depth, blocks):
+    net = network(f"cifar/resnet{depth}-w2")
+    kernels = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(kernels) == 1 + 2 * blocks
+    assert len(kernels) + 1 == depth, "3x3 convolutions and the linear layer; shortcuts do not count"
+
+
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize("name", ["cifar/resnet8-w4", "timm/test_resnet"])
+def test_a_network_has_the_asked_classes_and_input_channels(name, in_channels):
+    net = network(name, classes=5, in_channels=in_channels).eval()
+    assert net(torch.randn(2, in_channels, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18"])
+def test_a_bare_name_is_torchvisions(name):
+    net = network(name, classes=7)
+    assert type(net).__module__.startswith("torchvision.")
+    assert net.fc.out_features == 7
+
+
+def test_the_published_student_and_teacher_have_their_published_size():
+    # He et al.'s ResNet-18 with a 3x3 stem for 32x32 images: 11.17 M parameters (the paper: 11 M); ResNet-20: 0.27 M.
+    assert models.parameter_count(network("cifar/resnet18-w64", classes=10)) == 11_173_962
+    assert models.parameter_count(network("cifar/resnet20-w16", classes=10)) == pytest.approx(0.27e6, rel=0.02)
+
+
+def test_the_first_stage_keeps_the_resolution_and_each_later_one_halves_it():
+    shapes = {}
+    net = network("cifar/resnet18-w4")
+    for name in net.stage_names:
+        getattr(net, name).register_forward_hook(lambda _m, _i, out, name=name: shapes.update({name: out.shape[1:]}))
+    net(torch.randn(1, 3, 32, 32))
+    assert list(shapes.values()) == [(4, 32, 32), (8, 16, 16), (16, 8, 8), (32, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet9999",
+        "cifar/resnet9-w16",
+        "cifar/resnet8-w0",
+        "cifar/resnet8",
+        "timm/no_such_net",
+        "torchvision/",
+        "huggingface/x",
+    ],
+)
+def test_an_unknown_network_is_refused_with_what_there_is(name):
+    with pytest.raises(ConfigError) as caught:
+        network(name)
+    assert str(caught.value) == (
+        "architecture: unknown network\n"
+        "  allowed: cifar/resnet{8,14,18,20,32,34,56}-w{width}, torchvision/NAME, timm/NAME\n"
+        f"  got: {name}"
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet8-w4", "timm/test_resnet", "torchvision/resnet18"])
+def test_an_option_the_factory_does_not_know_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match="the network refuses these options") as caught:
+        network(name, no_such_option=3)
+    assert caught.value.where == name
+    assert caught.value.got == "{'no_such_option': 3}"
+    assert "no_such_option" in caught.value.hint
+
+
+def test_options_reach_the_factory():
+    assert network("timm/test_resnet", drop_rate=0.25).drop_rate == 0.25
+
+
+def test_torchvisions_networks_refuse_grey_images_and_say_what_to_do():
+    with pytest.raises(ConfigError, match="torchvision's networks take colour images") as caught:
+        network("resnet18", in_channels=1)
+    assert (caught.value.allowed, caught.value.got) == ("3", "1")
+    assert "set channels to 3" in caught.value.hint
+
+
+def test_building_downloads_nothing_and_leaves_random_weights():
+    assert not torch.equal(network("resnet18").conv1.weight, network("resnet18").conv1.weight)
+
+
+# -- class list --------------------------------------------------------------------------------------------
+
+
+def test_class_names_are_read_in_order_without_blank_lines(tmp_path):
+    (tmp_path / "classes.txt").write_text("owl\n\n  cat \ndog\n")
+    assert models.read_classes(f"{tmp_path}/classes.txt") == ["owl", "cat", "dog"]
+
+
+@pytest.mark.parametrize("content", ["", "cat\n", "cat\ndog\ncat\n"])
+def test_an_unusable_class_list_is_refused(tmp_path, content):
+    (tmp_path / "classes.txt").write_text(content)
+    with pytest.raises(DataError, match="the class list is not usable") as caught:
+        models.read_classes(f"{tmp_path}/classes.txt")
+    assert caught.value.allowed == "two or more different names, one per line"
+    assert caught.value.got == str(content.split())
+
+
+def test_a_missing_class_list_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        models.read_classes(f"{tmp_path}/nowhere.txt")
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+def small():
+    return CifarResNet(8, 2, 3)
+
+
+def write(folder, name, state):
+    path = folder / name
+    if name.endswith(".safetensors"):
+        path.write_bytes(save(state))
+    else:
+        torch.save(state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.pth"])
+def test_weights_come_back_as_they_were_saved(tmp_path, name):
+    saved, loaded = small(), small()
+    uri = write(tmp_path, name, saved.state_dict())
+    models.load_weights(loaded, uri)
+    for key, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_saved_weights_hold_buffers_too():
+    net = small()
+    net(torch.randn(4, 3, 8, 8))
+    state = load(models.save_weights(net))
+    assert state.keys() == net.state_dict().keys()
+    assert torch.equal(state["stem.1.running_mean"], net.stem[1].running_mean)
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path):
+    state = small().state_dict()
+    del state["head.bias"]
+    state["fc.bias"] = torch.zeros(3)
+    state["head.weight"] = torch.zeros(10, 8)
+    with pytest.raises(DataError, match="the weights do not belong to this network") as caught:
+        models.load_weights(small(), write(tmp_path, "w.safetensors", state))
+    assert caught.value.got == "missing head.bias; unexpected fc.bias; head.weight: [10, 8] instead of [3, 8]"
+    assert "class list" in caught.value.hint
+
+
+def test_many_differences_are_counted(tmp_path):
+    state = {f"module.{key}": value for key, value in small().state_dict().items()}
+    with pytest.raises(DataError) as caught:
+        models.load_weights(small(), write(tmp_path, "w.pth", state))
+    assert caught.value.got.endswith(f"; and {2 * len(state) - 5} more")
+
+
+def test_refused_weights_leave_the_network_alone(tmp_path):
+    net = small()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    state = {key: value + 1 for key, value in before.items()}
+    del state["head.bias"]
+    with pytest.raises(DataError):
+        models.load_weights(net, write(tmp_path, "w.pth", state))
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+
+
+class Malice:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mknod, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["torch", "pickle", "inside a state dict"])
+def test_a_malicious_file_is_refused_and_never_executed(tmp_path, form):
+    trap, path = str(tmp_path / "trap"), tmp_path / "evil.pth"
+    content = {**small().state_dict(), "head.bias": Malice(trap)} if form == "inside a state dict" else Malice(trap)
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(DataError, match="the weights cannot be loaded safely") as caught:
+        models.load_weights(small(), str(path))
+    assert not os.path.exists(trap)
+    assert caught.value.where == str(path)
+    assert caught.value.hint == "save the state dict with safetensors.torch.save_file"
+    # The trap is real: whoever trusts the file springs it.
+    torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+    assert os.path.exists(trap)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}, {"a": 3}])
+def test_what_is_not_a_plain_state_dict_is_refused(tmp_path, content):
+    with pytest.raises(DataError, match="not a plain state dict"):
+        models.load_weights(small(), write(tmp_path, "w.pth", content))
+
+
+def test_damaged_files_are_refused(tmp_path):
+    whole = io.BytesIO()
+    torch.save(small().state_dict(), whole)
+    for number, content in enumerate([b"hello", whole.getvalue()[:1000]]):
+        (tmp_path / f"{number}.pth").write_bytes(content)
+        with pytest.raises(DataError, match="the weights cannot be loaded safely"):
+            models.load_weights(small(), f"{tmp_path}/{number}.pth")
+    (tmp_path / "w.safetensors").write_bytes(b"hello")
+    with pytest.raises(DataError, match="not a safetensors file"):
+        models.load_weights(small(), f"{tmp_path}/w.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02"])
+def test_empty_files_are_refused(tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(DataError, match="the weights cannot be loaded safely"):
+        models.load_weights(small(), f"{tmp_path}/w.pth")
+
+
+# -- the frozen teacher ------------------------------------------------------------------------------------
+
+
+def test_a_teacher_is_frozen_and_stays_in_eval_mode_whatever_is_asked():
+    teacher = Teacher(small())
+    holder = nn.Sequential(models.Normalised(teacher, PreprocessingConfig(size_px=8)))
+    for ask in (lambda: teacher.train(), lambda: holder.train(), lambda: teacher.train(True)):
+        ask()
+        assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    holder(torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8))
+    assert all(torch.equal(teacher.state_dict()[key], value) for key, value in before.items()), "batch norm moved"
+
+
+def manual_gap(net, names, x):
+    """Stage outputs averaged over space with hooks of our own."""
+    outputs = {}
+    handles = [
+        net.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out}))
+        for name in names
+    ]
+    with torch.no_grad():
+        logits = net.eval()(x)
+    for handle in handles:
+        handle.remove()
+    return np.concatenate([outputs[name].numpy().mean(axis=(2, 3)) for name in names], axis=1), logits.numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "widths"),
+    [
+        ("cifar/resnet8-w4", ["layer1", "layer2", "layer3"], [4, 8, 16]),
+        ("cifar/resnet18-w4", ["layer1", "layer2", "layer3", "layer4"], [4, 8, 16, 32]),
+        ("torchvision/resnet18", ["layer1", "layer2", "layer3", "layer4"], [64, 128, 256, 512]),
+        ("timm/test_resnet", ["layer1", "layer2", "layer3", "layer4"], [32, 48, 192, 96]),
+        ("timm/test_efficientnet", [f"blocks.{i}" for i in range(5)], [16, 24, 32, 48, 64]),
+    ],
+)
+def test_features_are_the_pooled_outputs_of_all_stages_and_logits_the_networks_own(name, stages, widths):
+    torch.manual_seed(0)
+    net = network(name)
+    x = torch.randn(3, 3, 64, 64)
+    expected, logits = manual_gap(net, stages, x)
+    teacher = Teacher(net)
+    assert teacher.tapped.stages == tuple(stages)
+    ours, own_logits = teacher(x)
+    assert ours.shape == (3, sum(widths))
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(own_logits.numpy(), logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_papers_teacher_has_960_features():
+    features, _ = Teacher(network("cifar/resnet34-w64", classes=10))(torch.randn(1, 3, 8, 8))
+    assert features.shape == (1, 960)
+
+
+def test_a_transformers_tokens_are_averaged():
+    teacher = Teacher(network("timm/test_vit"))
+    features, _ = teacher(torch.randn(2, 3, 160, 160))
+    assert features.shape == (2, 6 * 64)
+
+
+def test_stages_with_channels_last_are_averaged_over_space():
+    # Swin's stages give [N, H, W, C]: 8, 16, 32, 64 channels, whatever the size of the image.
+    import timm
+
+    net = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=64,
+        window_size=2,
+        embed_dim=8,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 1, 1, 1),
+        num_classes=3,
+    )
+    outputs = {}
+    for name in ("layers.0", "layers.1", "layers.2", "layers.3"):
+        net.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out}))
+    features, _ = Teacher(net)(torch.randn(1, 3, 64, 64))
+    assert features.shape == (1, 8 + 16 + 32 + 64)
+    assert outputs["layers.1"].shape == (1, 8, 8, 16)
+    torch.testing.assert_close(features[0, 8:24], outputs["layers.1"].mean(dim=(1, 2))[0])
+
+
+def test_stages_may_be_named():
+    teacher = Teacher(small(), ["stem", "layer3.0.conv1"])
+    assert teacher(torch.randn(2, 3, 8, 8))[0].shape == (2, 2 + 8)
+
+
+@pytest.mark.parametrize(("stages", "got"), [(["layer1", "layer9", "x.y"], "layer9, x.y"), ([], "none")])
+def test_stages_that_are_not_there_are_named(stages, got):
+    with pytest.raises(ConfigError, match="the network has no such module") as caught:
+        Teacher(small(), stages)
+    assert caught.value.got == got
+    assert caught.value.allowed == "stem, layer1, layer2, layer3, head"
+    assert caught.value.where == "teacher.stages"
+
+
+def test_an_unknown_family_asks_for_its_stages():
+    with pytest.raises(ConfigError, match="the stages of this network are not known") as caught:
+        Teacher(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
+    assert caught.value.got == "none, for Sequential"
+    assert caught.value.hint == "its children are: 0, 1"
+
+
+def test_a_tap_holds_no_tensors_between_calls():
+    teacher = Teacher(small())
+    teacher(torch.randn(2, 3, 8, 8))
+    assert teacher.tapped._taps == {}
+
+
+def test_a_teacher_is_loaded_from_its_files(tmp_path):
+    saved = small()
+    write(tmp_path, "w.safetensors", saved.state_dict())
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    config = TeacherConfig(
+        architecture="cifar/resnet8-w2",
+        weights=f"{tmp_path}/w.safetensors",
+        classes=f"{tmp_path}/classes.txt",
+        stages=("layer2",),
+    )
+    teacher, classes = models.load_teacher(config)
+    assert classes == ["a", "b", "c"]
+    x = torch.randn(2, 3, 8, 8)
+    features, logits = teacher(x)
+    assert features.shape == (2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, saved.eval()(x))
+
+
+def test_a_class_list_of_another_length_is_a_shape_error_that_says_so(tmp_path):
+    write(tmp_path, "w.safetensors", small().state_dict())
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    config = TeacherConfig(
+        architecture="cifar/resnet8-w2", weights=f"{tmp_path}/w.safetensors", classes=f"{tmp_path}/classes.txt"
+    )
+    with pytest.raises(DataError, match=r"head\.weight: \[3, 8\] instead of \[2, 8\]"):
+        models.load_teacher(config)
+
+
+# -- pixels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        PreprocessingConfig(size_px=6, mean=(0.1, 0.5, 0.7), std=(0.2, 0.3, 0.4)),
+        PreprocessingConfig(size_px=6, channels=1, mean=(0.3,), std=(0.5,)),
+    ],
+)
+def test_the_device_normalises_as_numpy_does(preprocessing):
+    pixels = models.example_pixels(preprocessing, images=4)
+    ours = models.Normalised(nn.Identity(), preprocessing)(pixels).numpy()
+    plain = (pixels.numpy() / 255 - np.array(preprocessing.mean)) / np.array(preprocessing.std)
+    np.testing.assert_allclose(ours, plain.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours, images.normalise(pixels.numpy(), preprocessing), rtol=1e-6, atol=1e-6)
+
+
+def test_normalised_images_lie_in_memory_channel_by_channel():
+    # A merely permuted tensor counts as channels_last, and there the backward pass of a strided 1x1 convolution with
+    # few channels writes past its workspace on CPUs: crashes, hangs and wrong gradients
+    # (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    preprocessing = PreprocessingConfig(size_px=6)
+    assert models.Normalised(nn.Identity(), preprocessing)(models.example_pixels(preprocessing)).is_contiguous()
+
+
+def test_example_pixels_are_the_same_every_time_and_use_the_whole_range():
+    preprocessing = PreprocessingConfig(size_px=20)
+    pixels = models.example_pixels(preprocessing, images=3)
+    assert pixels.shape == (3, 20, 20, 3)
+    assert torch.equal(pixels, models.example_pixels(preprocessing, images=3))
+    assert (int(pixels.min()), int(pixels.max())) == (0, 255)
+    assert not torch.equal(pixels, models.example_pixels(preprocessing, images=3, seed=1))
