@@ -1,0 +1,129 @@
+"""Scorers: networks that give one logit per image, positive for images of the teacher's classes.
+
+Axes: N images, D feature width (all stages), R reduced width of the attention, K classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pu_ray import models
+from pu_ray.config import JobConfig, ScorerConfig
+from pu_ray.models import TappedNetwork, Teacher
+from pu_ray.pu import risk
+
+_ATTENTION_REDUCTION = 16  # paper: 960 -> 60 -> 960
+
+Objective = Callable[[Tensor, Tensor], risk.Risk]
+
+
+class Attention(nn.Module):
+    """Squeeze-and-excitation gate over the concatenated stage features (paper, equation 2; Hu et al. 2018)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        reduced = max(width // _ATTENTION_REDUCTION, 1)
+        self.squeeze = nn.Linear(width, reduced)
+        self.excite = nn.Linear(reduced, width)
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Gated features [N, D]."""
+        gate_ND = torch.sigmoid(self.excite(torch.relu(self.squeeze(features_ND))))
+        return features_ND * gate_ND
+
+
+class Head(nn.Module):
+    """Standardised multi-scale features to one logit.
+
+    Args:
+        width: D.
+        attention: Whether a squeeze-and-excitation gate comes first.
+        hidden: Width of a hidden layer; 0 for none.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, attention: bool, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.attention: nn.Module = Attention(width) if attention else nn.Identity()
+        self.body: nn.Module = nn.Sequential(nn.Linear(width, hidden), nn.ReLU()) if hidden else nn.Identity()
+        self.last = nn.Linear(hidden or width, 1)
+
+    def standardise_like(self, features_ND: Tensor) -> None:
+        """Take mean and standard deviation from these features."""
+        self.mean.copy_(features_ND.mean(dim=0))
+        self.std.copy_(features_ND.std(dim=0).clamp_min(1e-4))
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Logits [N]."""
+        standard_ND = (features_ND - self.mean) / self.std
+        return cast(Tensor, self.last(self.body(self.attention(standard_ND)))).squeeze(1)
+
+
+class FinetunedScorer(nn.Module):
+    """The paper's scorer: the whole network, initialised from the teacher, with attention over its stages."""
+
+    def __init__(self, tapped: TappedNetwork, head: Head) -> None:
+        super().__init__()
+        self.tapped = tapped
+        self.head = head
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits [N]."""
+        features_ND, _ = self.tapped(x_NCHW)
+        return cast(Tensor, self.head(features_ND))
+
+
+class ScorerWithTeacher(nn.Module):
+    """Both answers the selection needs, in one pass over the pixels."""
+
+    def __init__(self, scorer: FinetunedScorer, teacher: Teacher) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.teacher = teacher
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [N] and the teacher's logits [N, K]."""
+        return self.scorer(x_NCHW), self.teacher(x_NCHW)[1]
+
+
+def objective(settings: ScorerConfig, prior: float) -> Objective:
+    """The risk a scorer of this kind descends, from the logits of positives and of unlabeled images."""
+    if settings.kind == "pvu":
+        return risk.positive_versus_unlabeled
+    weight = None if settings.positive_weight == "prior" else float(settings.positive_weight)
+    return functools.partial(
+        risk.non_negative_pu,
+        prior=prior,
+        loss=settings.loss,
+        positive_weight=weight,
+        beta=settings.beta,
+        gamma=settings.gamma,
+    )
+
+
+def new_finetuned(config: JobConfig) -> models.Normalised:
+    """A trainable scorer from pixels uint8 [N, H, W, C], initialised from the teacher (paper, section 3.1)."""
+    teacher, _ = models.load_teacher(config.teacher)
+    probe = models.Normalised(teacher, config.teacher.preprocessing)(
+        models.example_pixels(config.teacher.preprocessing)
+    )
+    head = Head(probe[0].shape[1], config.scorer.attention, config.scorer.hidden)
+    # This copy of the teacher's network may be trained; the frozen one is loaded apart.
+    tapped = teacher.tapped.requires_grad_(True)
+    return models.Normalised(FinetunedScorer(tapped, head), config.teacher.preprocessing)
+
+
+def with_teacher(scorer: models.Normalised, config: JobConfig) -> models.Normalised:
+    """Pixels to scores [N] and the teacher's logits [N, K], for one pass over the lake."""
+    teacher, _ = models.load_teacher(config.teacher)
+    assert isinstance(scorer.network, FinetunedScorer)
+    return models.Normalised(ScorerWithTeacher(scorer.network, teacher), config.teacher.preprocessing)

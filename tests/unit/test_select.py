@@ -1,0 +1,401 @@
+"""pu_ray/select.py: the rule, one row per content, nothing labeled, nothing judged on, then balance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from artifacts import CLASSES, encode, identity_columns, job, picture, png, publish, write_shards
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+from pu_ray import images, lake, manifest, schema, select
+from pu_ray.config import PreprocessingConfig
+from pu_ray.errors import DataError
+from pu_ray.progress import Silent
+from pu_ray.storage import Storage
+
+PREPROCESSING = PreprocessingConfig(size_px=24)
+CALIBRATION = np.linspace(0.5, 6.0, 60)  # 59 positives are the fewest for 0.95 with 0.95: the lowest is the threshold
+
+
+@dataclass
+class Row:
+    """One row of the lake: an image with its score and the teacher's class."""
+
+    content: bytes
+    score: float | None
+    predicted: int = 0
+    error: str | None = None
+
+
+@dataclass
+class Scene:
+    """Scores, features, scorer and test images as the stages before would have left them."""
+
+    root: Path
+    shards: dict[str, list[Row]] = field(default_factory=dict)
+    labeled: list[bytes] = field(default_factory=list)
+    test: list[bytes] = field(default_factory=lambda: [png(9_000)])
+
+    def run(self, **settings: Any) -> pa.Table:
+        """Select, and return selection.parquet."""
+        self.write()
+        self.manifest = select.run(job(self.root, selection=settings), self.storage, {}, "identity", Silent())
+        return self.storage.child("selection").read_table("selection.parquet")
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(f"{self.root}/run")
+
+    @property
+    def left_out(self) -> dict[bytes, str]:
+        table = self.storage.child("selection").read_table("left_out.parquet")
+        return dict(zip(table[schema.SAMPLE_ID].to_pylist(), table[schema.WHY].to_pylist(), strict=True))
+
+    def write(self) -> None:
+        scorer = self.storage.child("scorer")
+        ids = pa.array([images.sample_id(content) for content in self.labeled], schema.SAMPLE_ID_TYPE)
+        scorer.write_table("labeled.parquet", pa.table({schema.SAMPLE_ID: ids}))
+        scorer.write_table("calibration.parquet", pa.table({schema.SCORE: pa.array(CALIBRATION, pa.float32())}))
+        publish(scorer, "fit", facts={"classes": CLASSES})
+        test = Storage(f"{self.root}/test")
+        test.delete()
+        for position, content in enumerate(self.test):
+            test.write_bytes(f"cat/{position:03d}.png", content)
+        write_shards(self.storage.child("scores"), {name: _scores(name, rows) for name, rows in self.shards.items()})
+        features = {name: _features(name, rows) for name, rows in self.shards.items()}
+        write_shards(self.storage.child("features"), features)
+
+
+def _scores(shard: str, rows: list[Row]) -> pa.Table:
+    columns = {
+        **identity_columns([row.content for row in rows], shard),
+        schema.SCORE: pa.array([row.score for row in rows], pa.float32()),
+        schema.PREDICTED: pa.array([row.predicted for row in rows], pa.int32()),
+        schema.CONFIDENCE: pa.array([0.9] * len(rows), pa.float32()),
+        schema.ERROR: pa.array([row.error for row in rows], pa.string()),
+    }
+    return pa.table(columns, schema=schema.scores())
+
+
+def _features(shard: str, rows: list[Row]) -> pa.Table:
+    broken = [row.error is not None for row in rows]
+    small = np.zeros((len(rows), schema.THUMBNAIL_PX), np.uint8)
+    for position, row in enumerate(rows):
+        if not broken[position]:
+            small[position] = images.thumbnails(images.decode(row.content, PREPROCESSING)[None])[0]
+    columns = {
+        **identity_columns([row.content for row in rows], shard),
+        schema.FEATURES: lake.fixed_list(np.zeros((len(rows), 2), np.float16), broken),
+        schema.LOGITS: lake.fixed_list(np.zeros((len(rows), 2), np.float32), broken),
+        schema.THUMBNAIL: lake.fixed_list(small, broken),
+        schema.ERROR: pa.array([row.error for row in rows], pa.string()),
+    }
+    return pa.table(columns, schema=schema.features(2, 2))
+
+
+@pytest.fixture
+def scene(tmp_path) -> Scene:
+    return Scene(tmp_path)
+
+
+def ids(*contents: bytes) -> list[bytes]:
+    return [images.sample_id(content) for content in contents]
+
+
+def chosen(table: pa.Table) -> set[bytes]:
+    return set(table[schema.SAMPLE_ID].to_pylist())
+
+
+def brighter(content: bytes) -> bytes:
+    """Another file that shows the same picture to any person."""
+    import io
+
+    return encode(ImageEnhance.Brightness(Image.open(io.BytesIO(content))).enhance(0.9))
+
+
+# -- pure functions ----------------------------------------------------------------------------------------
+
+
+def test_the_random_key_depends_on_image_and_seed_alone():
+    samples = ids(*(bytes([k]) for k in range(200)))
+    keys = {sample: select.random_key(sample, 3) for sample in samples}
+    assert {sample: select.random_key(sample, 3) for sample in reversed(samples)} == keys
+    assert all(0 <= key < 1 for key in keys.values())
+    assert len(set(keys.values())) == len(samples)
+    assert {sample: select.random_key(sample, 4) for sample in samples} != keys
+
+
+def test_random_keys_are_uniform_and_other_seeds_give_unrelated_ones():
+    samples = ids(*(k.to_bytes(2, "big") for k in range(2000)))
+    one, other = ([select.random_key(sample, seed) for sample in samples] for seed in (0, 1))
+    assert abs(np.mean(one) - 0.5) < 0.03
+    counts, _ = np.histogram(one, bins=10, range=(0, 1))
+    assert counts.min() > 140
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.08
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.randoms(use_true_random=False))
+def test_every_prefix_of_the_order_holds_the_classes_in_about_their_shares(classes, random):
+    ties = list(range(len(classes)))
+    random.shuffle(ties)
+    order = select.stratified_order(classes, ties)
+    assert sorted(order) == list(range(len(classes)))  # a permutation
+    in_order = np.asarray(classes)[np.argsort(order)]
+    kinds = np.unique(classes)
+    for end in range(1, len(classes) + 1):
+        for value in kinds:
+            expected = end * np.mean(np.asarray(classes) == value)
+            assert abs(np.sum(in_order[:end] == value) - expected) <= len(kinds) / 2 + 0.5
+
+
+def test_a_shuffled_order_would_fail_the_prefix_test():
+    # The bound above can tell: sorted by class, half of the prefix is one class.
+    in_order = np.repeat([0, 1], 40)
+    assert abs(np.sum(in_order[:40] == 0) - 20) > 2 / 2 + 0.5
+
+
+def test_the_order_inside_a_class_is_that_of_the_tie_break():
+    order = select.stratified_order([0, 0, 0, 1, 1], [0.9, 0.1, 0.5, 0.2, 0.1])
+    assert order[1] < order[2] < order[0]
+    assert order[4] < order[3]
+
+
+def test_the_order_does_not_depend_on_the_order_of_the_rows():
+    classes, ties = np.array([0, 1, 0, 1, 1, 2]), np.array([0.3, 0.1, 0.2, 0.6, 0.5, 0.4])
+    shuffle = np.array([5, 3, 1, 0, 4, 2])
+    np.testing.assert_array_equal(
+        select.stratified_order(classes, ties)[shuffle], select.stratified_order(classes[shuffle], ties[shuffle])
+    )
+
+
+# -- rules -------------------------------------------------------------------------------------------------
+
+
+def test_the_recall_rule_keeps_what_reaches_the_promised_threshold(scene):
+    scores = [0.49, 0.5, 0.51, 3.0, -4.0]
+    rows = [Row(png(k), score) for k, score in enumerate(scores)]
+    scene.shards = {"a": rows}
+    table = scene.run()
+    assert chosen(table) == set(ids(*(row.content for row in rows if row.score >= 0.5)))
+    assert scene.manifest.facts["threshold"] == 0.5
+    assert scene.manifest.facts["promise"]["calibration"] == 60
+    assert set(table[schema.WHY].to_pylist()) == {"recall"}
+
+
+def test_the_zero_rule_is_strict(scene):
+    scores = [0.0, -0.0, 1e-30, -1e-30, 5.0]
+    scene.shards = {"a": [Row(png(k), score) for k, score in enumerate(scores)]}
+    assert chosen(scene.run(rule="zero")) == set(ids(png(2), png(4)))
+    assert scene.manifest.facts["promise"] is None
+
+
+def test_the_budget_rule_takes_the_best(scene):
+    scores = [3.0, -1.0, 2.0, 5.0, -9.0]
+    scene.shards = {"a": [Row(png(k), score) for k, score in enumerate(scores)]}
+    assert chosen(scene.run(rule="budget", budget=3)) == set(ids(png(3), png(0), png(2)))
+    assert scene.manifest.facts["threshold"] is None
+
+
+def test_a_budget_larger_than_the_lake_takes_all(scene):
+    scene.shards = {"a": [Row(png(k), float(k)) for k in range(4)]}
+    assert scene.run(rule="budget", budget=100).num_rows == 4
+
+
+def test_quotas_share_a_budget_between_the_classes(scene):
+    # Class 0 has the higher scores; without quotas it would take everything.
+    scene.shards = {"a": [Row(png(k), 9.0 - 0.1 * k, predicted=int(k >= 8)) for k in range(12)]}
+    with_quota = scene.run(rule="budget", budget=6)
+    assert Counter(with_quota[schema.PREDICTED].to_pylist()) == {0: 3, 1: 3}
+    assert chosen(with_quota) == set(ids(*(png(k) for k in (0, 1, 2, 8, 9, 10))))
+    assert scene.manifest.facts["class_counts_before_balance"] == [8, 4]
+    assert scene.manifest.facts["class_counts"] == [3, 3]
+    without = scene.run(rule="budget", budget=6, balance="none")
+    assert Counter(without[schema.PREDICTED].to_pylist()) == {0: 6}
+
+
+def test_a_recall_rule_with_a_budget_keeps_both_promises(scene):
+    scene.shards = {"a": [Row(png(k), k - 3.0) for k in range(10)]}
+    assert chosen(scene.run(budget=2)) == set(ids(png(9), png(8)))
+    assert scene.run(budget=100).num_rows == 6  # those at or above 0.5: 1.0 to 6.0
+
+
+def test_scores_that_are_equal_fall_by_content_not_by_place(scene):
+    rows = [Row(png(k), 1.0) for k in range(10)]
+    scene.shards = {"a": rows[:5], "b": rows[5:]}
+    one = chosen(scene.run(rule="budget", budget=4))
+    scene.shards = {"a": rows[::-1][:7], "b": rows[::-1][7:]}
+    assert chosen(scene.run(rule="budget", budget=4)) == one
+    assert one == set(sorted(ids(*(png(k) for k in range(10))))[:4])
+
+
+def test_the_random_rule_ignores_scores_classes_and_the_order_of_files(scene):
+    rows = [Row(png(k), float(k), predicted=int(k < 3)) for k in range(20)]
+    scene.shards = {"a": rows[:10], "b": rows[10:]}
+    one = chosen(scene.run(rule="random", budget=6))
+    shuffled = [Row(row.content, -row.score, 1 - row.predicted) for row in rows[::-1]]
+    scene.shards = {"a": shuffled[:3], "x": shuffled[3:15], "y": shuffled[15:]}
+    assert chosen(scene.run(rule="random", budget=6)) == one
+    ranked = sorted(ids(*(png(k) for k in range(20))), key=lambda sample: select.random_key(sample, 0), reverse=True)
+    assert one == set(ranked[:6])
+
+
+def test_another_seed_draws_other_random_images(scene):
+    scene.shards = {"a": [Row(png(k), 1.0) for k in range(30)]}
+    one = chosen(scene.run(rule="random", budget=8))
+    config = job(scene.root, selection={"rule": "random", "budget": 8}, seed=1)
+    select.run(config, scene.storage, {}, "identity", Silent())
+    assert chosen(scene.storage.child("selection").read_table("selection.parquet")) != one
+
+
+def test_error_rows_and_scores_that_are_no_number_are_never_chosen(scene):
+    scene.shards = {
+        "a": [Row(png(0), 1.0), Row(b"broken", 9.0, error="truncated"), Row(png(2), float("nan")), Row(png(3), None)]
+    }
+    for settings in ({"rule": "budget", "budget": 9}, {"rule": "random", "budget": 9}, {"rule": "zero"}, {}):
+        assert chosen(scene.run(**settings)) == set(ids(png(0)))
+
+
+# -- one row per content -----------------------------------------------------------------------------------
+
+
+def test_copies_in_the_lake_are_chosen_once_at_their_first_place(scene):
+    scene.shards = {
+        "b": [Row(png(0), 1.0), Row(png(1), 1.0)],
+        "a": [Row(png(2), 1.0), Row(png(1), 1.0), Row(png(1), 1.0)],
+    }
+    table = scene.run()
+    places = {row["sample_id"]: (row["shard"], row["row"]) for row in table.to_pylist()}
+    assert places == dict(zip(ids(png(0), png(1), png(2)), [("b", 0), ("a", 1), ("a", 0)], strict=True))
+    assert scene.manifest.counts["candidates"] == 3
+
+
+# -- what must not be mined --------------------------------------------------------------------------------
+
+
+def test_labeled_and_test_images_and_near_copies_stay_out_with_the_reason(scene):
+    scene.test = [png(100), png(101)]
+    scene.labeled = [png(200)]
+    scene.shards = {
+        "a": [Row(png(0), 1.0), Row(png(100), 9.0), Row(png(200), 9.0)],
+        "b": [Row(brighter(png(101)), 9.0), Row(png(1), 1.0)],
+    }
+    assert chosen(scene.run()) == set(ids(png(0), png(1)))
+    near = brighter(png(101))
+    reasons = ["leak", "labeled", "near_leak"]
+    assert scene.left_out == dict(zip(ids(png(100), png(200), near), reasons, strict=True))
+    counts = scene.manifest.counts
+    assert [counts[name] for name in ("selected", "candidates", "labeled", "leak", "near_leak")] == [2, 5, 1, 1, 1]
+
+
+def test_an_exact_copy_is_called_a_leak_even_where_it_is_labeled_or_near_another(scene):
+    scene.test = [png(100), brighter(png(100))]
+    scene.labeled = [png(100), brighter(png(101))]
+    scene.test.append(png(101))
+    scene.shards = {"a": [Row(png(0), 1.0), Row(png(100), 9.0), Row(brighter(png(101)), 9.0)]}
+    scene.run()
+    assert scene.left_out == dict(zip(ids(png(100), brighter(png(101))), ["leak", "labeled"], strict=True))
+
+
+def test_the_bound_for_near_copies_is_the_jobs(scene):
+    # A weak blend of another picture: nearly, but not quite, the test image.
+    blend = encode(Image.blend(picture(100), picture(55), 0.25))
+    scene.test = [png(100)]
+    scene.shards = {"a": [Row(png(0), 1.0), Row(blend, 1.0)]}
+    assert len(scene.run(near_copy_correlation=0.999)) == 2
+    assert len(scene.run(near_copy_correlation=0.8)) == 1
+    assert set(scene.left_out.values()) == {"near_leak"}
+
+
+def test_what_does_not_pass_the_rule_is_not_counted_as_left_out(scene):
+    scene.test = [png(100)]
+    scene.shards = {"a": [Row(png(0), 1.0), Row(png(100), -9.0)]}
+    scene.run()
+    assert scene.left_out == {}
+
+
+def test_the_budget_is_filled_with_what_may_be_mined(scene):
+    scene.labeled = [png(k) for k in range(5)]
+    scene.shards = {"a": [Row(png(k), 20.0 - k) for k in range(10)]}
+    for settings in ({"rule": "budget"}, {"rule": "random"}):
+        table = scene.run(budget=5, **settings)
+        assert chosen(table) == set(ids(*(png(k) for k in range(5, 10))))
+
+
+# -- pruning on the way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"rule": "budget"}, {"rule": "random"}, {"rule": "budget", "balance": "none"}])
+def test_forgetting_hopeless_rows_on_the_way_does_not_change_the_choice(scene, monkeypatch, settings):
+    generator = np.random.default_rng(0)
+    rows = [Row(png(k), float(generator.normal()), predicted=int(generator.random() < 0.3)) for k in range(40)]
+    scene.shards = {f"{k}": rows[8 * k : 8 * k + 8] for k in range(5)}
+    whole = scene.run(budget=8, **settings)
+    monkeypatch.setattr(select, "_PRUNE_AT", 0)
+    assert scene.run(budget=8, **settings) == whole
+
+
+@pytest.mark.parametrize("settings", [{"rule": "budget"}, {"rule": "random"}])
+def test_forgetting_on_the_way_leaves_enough_to_fill_the_budget(scene, monkeypatch, settings):
+    scene.labeled = [png(k) for k in range(5)]
+    scene.shards = {f"{k}": [Row(png(2 * k + j), 20.0 - 2 * k - j) for j in range(2)] for k in range(5)}
+    monkeypatch.setattr(select, "_PRUNE_AT", 0)
+    assert chosen(scene.run(budget=5, **settings)) == set(ids(*(png(k) for k in range(5, 10))))
+
+
+# -- what is published -------------------------------------------------------------------------------------
+
+
+def test_the_selection_is_ordered_so_that_every_prefix_is_stratified(scene):
+    scene.shards = {"a": [Row(png(k), 1.0 + k, predicted=int(k >= 20)) for k in range(30)]}
+    table = scene.run()
+    assert table.schema == schema.selection()
+    assert table[schema.ORDER].to_pylist() == list(range(30))
+    predicted = np.array(table[schema.PREDICTED].to_pylist())
+    for end in (3, 6, 15, 24):
+        assert abs(predicted[:end].mean() - 1 / 3) <= 1.5 / end
+
+
+def test_running_again_gives_the_same_files(scene):
+    scene.shards = {"a": [Row(png(k), 1.0 + k, predicted=k % 2) for k in range(9)]}
+    scene.labeled = [png(3)]
+    target = scene.storage.child("selection")
+    scene.run()
+    before = {file.path: target.read_bytes(file.path) for file in target.list_files() if file.path != "manifest.json"}
+    target.write_bytes("leftover.parquet", b"of an older run")
+    scene.run()
+    after = {file.path: target.read_bytes(file.path) for file in target.list_files() if file.path != "manifest.json"}
+    assert after == before
+    assert manifest.is_current(target, "identity")
+
+
+@pytest.mark.parametrize("shards", [{"a": [Row(png(0), -50.0)]}, {}])
+def test_when_nothing_passes_the_run_stops_and_says_why(scene, shards):
+    scene.shards = shards
+    with pytest.raises(DataError, match="no image was selected") as caught:
+        scene.run()
+    assert caught.value.got.startswith("0 above 0.5")
+    assert manifest.read(scene.storage.child("selection")) is None
+
+
+def test_when_all_that_passes_is_excluded_the_message_counts_it(scene):
+    scene.labeled = [png(0)]
+    scene.shards = {"a": [Row(png(0), 5.0)]}
+    with pytest.raises(DataError, match="no image was selected") as caught:
+        scene.run()
+    assert caught.value.got == "1 above 0.5, 1 of them excluded"
+
+
+def test_without_a_scorer_the_command_that_makes_it_is_named(scene):
+    with pytest.raises(DataError, match="does not exist yet") as caught:
+        select.run(job(scene.root), scene.storage, {}, "identity", Silent())
+    assert "pu-ray fit" in caught.value.hint
