@@ -1,0 +1,444 @@
+"""The command line: verbs, flags and exit codes; everything else is elsewhere.
+
+Results go to stdout (`--json` for machines), narration and progress to stderr. Exit codes: 0 ok, 2 usage or
+configuration, 3 data, 4 cluster, 5 quality gate failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+
+import pu_ray
+from pu_ray import config as settings_of
+from pu_ray.config import JobConfig, ResolvedConfig
+from pu_ray.errors import INTERRUPTED_EXIT_STATUS, ConfigError, PuRayError
+from pu_ray.progress import Narrator
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=pu_ray.__doc__)
+config_app = typer.Typer(no_args_is_help=True, help="Look at a job's settings.")
+app.add_typer(config_app, name="config")
+
+Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own logs, and tracebacks.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No narration.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine.")
+]
+Url = Annotated[str, typer.Option(help="Address of a running `pu-ray serve`.")]
+
+
+# Typer brings its own copy of click and names only the leaves of its exceptions: this is their root.
+_UsageError: Any = typer.BadParameter.__mro__[2]
+
+
+class _State:
+    """Flags of the running command that the exit path needs."""
+
+    verbose = False
+    resume_hint = ""
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _load(job: Path, overrides: list[str] | None) -> ResolvedConfig:
+    resolved = settings_of.load(job, overrides or [])
+    _State.resume_hint = "run the same command again: what is finished is kept"
+    return resolved
+
+
+@contextmanager
+def _session(job: JobConfig, address: str | None, verbose: bool) -> Iterator[None]:
+    from cluster import preflight
+    from cluster.session import ray_session
+
+    with ray_session(
+        address=address, verbose=verbose, needed_cpus=max(requirement.cpus for requirement in preflight.required(job))
+    ):
+        _quiet_ray_data(verbose)
+        preflight.check(job)
+        yield
+
+
+def _quiet_ray_data(verbose: bool) -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = verbose
+
+
+def _pipeline(resolved: ResolvedConfig, address: str | None, verbose: bool, quiet: bool) -> Any:
+    from pu_ray.pipeline import Pipeline
+
+    def session() -> AbstractContextManager[None]:
+        return _session(resolved.job, address, verbose)
+
+    return Pipeline(resolved.job, Narrator(quiet), session)
+
+
+# -- the chain ---------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    job: Job,
+    set_: Set = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    address: Address = None,
+) -> None:
+    """The whole chain, resumable: run it again and it goes on."""
+    _State.verbose = verbose
+    resolved = _load(job, set_)
+    summary = _pipeline(resolved, address, verbose, quiet).run()
+    if as_json:
+        _print_json(summary)
+    else:
+        print(_achieved(summary, resolved.job))
+
+
+def _stage_command(verb: str, help_text: str) -> None:
+    def command(
+        job: Job,
+        set_: Set = None,
+        as_json: Json = False,
+        verbose: Verbose = False,
+        quiet: Quiet = False,
+        address: Address = None,
+    ) -> None:
+        _State.verbose = verbose
+        manifests = _pipeline(_load(job, set_), address, verbose, quiet).run_verb(verb)
+        if as_json:
+            _print_json([document.model_dump(mode="json", exclude={"files"}) for document in manifests])
+        else:
+            for document in manifests:
+                print(f"{document.stage}: " + ", ".join(f"{key} {value:,}" for key, value in document.counts.items()))
+
+    app.command(verb, help=help_text)(command)
+
+
+for _verb, _help in {
+    "features": "Embed every image of the lake with the teacher, once.",
+    "fit": "Learn the PU scorer from the labeled images and a sample of the lake.",
+    "score": "Score every image of the lake.",
+    "select": "Choose the images that teach the student, and copy them.",
+    "distill": "Train the student on the chosen images.",
+    "evaluate": "Judge teacher and student on the test images.",
+    "export": "Write the portable student, each format checked.",
+}.items():
+    _stage_command(_verb, _help)
+
+
+@app.command()
+def report(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Write report.html and summary.json of what is there."""
+    _State.verbose = verbose
+    resolved = _load(job, set_)
+    summary = _pipeline(resolved, None, verbose, quiet=True).report()
+    if as_json:
+        _print_json(summary)
+    else:
+        print(_achieved(summary, resolved.job))
+
+
+@app.command()
+def demo(
+    folder: Annotated[str, typer.Argument(help="Where to build it.")] = "demo",
+    rows: Annotated[int, typer.Option(help="Images in the lake.")] = 21_000,
+    teacher_steps: Annotated[int, typer.Option(help="Training steps of the teacher.")] = 320,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build a small, real task: MNIST digits hidden in a lake of letters, and a teacher."""
+    _State.verbose = verbose
+    from pu_ray import demo as builder
+
+    narrator = Narrator()
+    with narrator.stage("teacher") as progress:
+        built = builder.build(folder, builder.DemoSize(lake_rows=rows, teacher_steps=teacher_steps), seed, progress)
+    if as_json:
+        _print_json(built)
+    else:
+        narrator.say(f"{folder}: " + ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in built.items()))
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+
+
+@config_app.command("show")
+def config_show(job: Job, set_: Set = None, as_json: Json = False) -> None:
+    """Every setting with its value and where it came from."""
+    resolved = _load(job, set_)
+    if as_json:
+        _print_json({path: {"value": value, "origin": origin} for path, value, origin in resolved.values()})
+        return
+    for path, value, origin in resolved.values():
+        text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).splitlines()[0]
+        print(f"{path:<44} {text:<32} # {origin}")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The JSON Schema of a job file, for editors."""
+    _print_json(settings_of.json_schema())
+
+
+# -- the cluster -------------------------------------------------------------------------------------------
+
+JobsAddress = Annotated[
+    str | None, typer.Option(help="The dashboard's URL, port 8265; default: RAY_API_SERVER_ADDRESS, else this machine.")
+]
+SubmissionId = Annotated[str, typer.Argument(metavar="SUBMISSION", help="As printed by `pu-ray submit`.")]
+
+
+@app.command()
+def plan(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Dry run: the lake's size, what the cluster needs, time and cost, refusals."""
+    _State.verbose = verbose
+    from cluster import plan as planner
+
+    made = planner.make(_load(job, set_).job, planner.load_prices())
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+    else:
+        print(planner.render(made))
+    raise typer.Exit(made.exit_status)
+
+
+@app.command()
+def submit(
+    job: Job,
+    set_: Set = None,
+    address: JobsAddress = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Submit the job to a cluster; the same job is never started twice."""
+    _State.verbose = verbose
+    from cluster import submit as jobs
+
+    _say_submission(jobs.submit(_load(job, set_).job, address, wait=wait), as_json)
+
+
+@app.command()
+def status(
+    submission: SubmissionId, address: JobsAddress = None, as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """How a submitted job is doing."""
+    _State.verbose = verbose
+    from cluster import submit as jobs
+
+    _say_submission(jobs.status(submission, address), as_json)
+
+
+@app.command()
+def logs(
+    submission: SubmissionId,
+    address: JobsAddress = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a submitted job has said."""
+    _State.verbose = verbose
+    from cluster import submit as jobs
+
+    for text in jobs.logs(submission, address, follow=follow):
+        print(text, end="")
+
+
+@app.command()
+def stop(submission: SubmissionId, address: JobsAddress = None, verbose: Verbose = False) -> None:
+    """Stop a submitted job; what is finished is kept."""
+    _State.verbose = verbose
+    from cluster import submit as jobs
+
+    print("stopped" if jobs.stop(submission, address) else "it was not running")
+
+
+def _say_submission(result: Any, as_json: bool) -> NoReturn:
+    if as_json:
+        _print_json({key: getattr(result, key) for key in ("submission_id", "action", "status", "message")})
+    else:
+        print(f"{result.submission_id}  {result.status}" + (f"  {result.message}" if result.message else ""))
+    raise typer.Exit(result.exit_status)
+
+
+# -- serving -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    students: Annotated[list[str], typer.Argument(metavar="EXPORTED...", help="Folders or URIs of exported students.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port.")] = 8000,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Listen beyond this machine although nobody is authenticated.")
+    ] = False,
+    address: Address = None,
+    verbose: Verbose = False,
+) -> None:
+    """Serve exported students on Ray Serve until Ctrl-C."""
+    _State.verbose = verbose
+    _State.resume_hint = "the server has stopped"
+    from cluster.session import ray_session
+    from serving import app as server
+    from serving.settings import ServingSettings
+
+    settings = ServingSettings()
+    narrator = Narrator()
+
+    def on_ready(url: str) -> None:
+        narrator.say(f"serving at {url}; Ctrl-C stops it. For example:\n  pu-ray predict --url {url} IMAGE")
+
+    needed = len(students) * settings.replicas * settings.cpus_per_replica + 2.0
+    with ExitStack() as stack:
+        if not verbose:
+            # Ray reports the end of its own controller on stdout, as an error.
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(ray_session(address=address, verbose=verbose, needed_cpus=needed))
+        server.run_until_interrupted(students, settings, host=host, port=port, allow_remote=no_auth, on_ready=on_ready)
+
+
+@app.command()
+def predict(
+    image_files: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    url: Url = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Which student; default: the only one.")] = None,
+    top_k: Annotated[int, typer.Option(help="Answers per image.")] = 3,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Classify images with a served student."""
+    _State.verbose = verbose
+    from serving import client
+
+    answers = []
+    for file in image_files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ConfigError("the image cannot be read", where=str(file), got=error.strerror) from error
+        answers.append((file, client.classify(url, model, content, top_k)))
+    if as_json:
+        _print_json([{"file": str(file), **_as_json(answer)} for file, answer in answers])
+        return
+    for file, answer in answers:
+        said = ", ".join(f"{item.label} {item.probability:.3f}" for item in answer.predictions)
+        print(f"{file}: {said}")
+
+
+def _as_json(answer: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(answer)
+
+
+# -- what is said at the end -------------------------------------------------------------------------------
+
+
+def _achieved(summary: dict[str, Any], job: JobConfig) -> str:
+    """What a person wants to know, and what to type next."""
+
+    def percent(rate: dict[str, Any] | None) -> str:
+        if rate is None:
+            return "-"
+        return f"{100 * rate['value']:.2f} %  ({100 * rate['low']:.2f} to {100 * rate['high']:.2f}, n = {rate['n']:,})"
+
+    lines = [f"{job.name}: {summary['verdict']}"]
+    if summary.get("student_accuracy"):
+        smaller = summary["teacher_parameters"] / summary["student_parameters"]
+        lines += [
+            f"  teacher          {percent(summary['teacher_accuracy'])}, {summary['teacher_parameters']:,} parameters",
+            f"  student          {percent(summary['student_accuracy'])}, {summary['student_parameters']:,} parameters"
+            f" ({smaller:.1f} times smaller)",
+        ]
+    for name, control in summary.get("controls", {}).items():
+        lines.append(f"  control: {name:<7} {percent(control['student_accuracy'])}, as many images, chosen otherwise")
+    if summary.get("mined_rows"):
+        lines.append(
+            f"  mined            {summary['mined_rows']:,} of {summary['lake_rows']:,} images"
+            f" ({summary['error_rows']:,} unusable, {summary['leaks_removed']:,} copies of test images kept out)"
+        )
+    if summary.get("mined_precision"):
+        lines.append(f"  mined precision  {percent(summary['mined_precision'])}")
+        lines.append(f"  mined recall     {percent(summary['mined_recall'])}")
+    output = job.output.rstrip("/")
+    lines += ["", "next:", f"  open {output}/report.html"]
+    if summary.get("exported"):
+        lines += [
+            f"  pu-ray serve {output}/exported",
+            f"  pu-ray predict --url http://127.0.0.1:8000 {_example(summary)}",
+        ]
+    return "\n".join(lines)
+
+
+def _example(summary: dict[str, Any]) -> str:
+    if summary.get("example_image") is None:
+        return "IMAGE"
+    image = str(summary["example_image"])
+    here = os.path.relpath(image)
+    return image if here.startswith("..") else here
+
+
+# -- the way out -------------------------------------------------------------------------------------------
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(pu_ray.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit status."""
+    # Before torch loads OpenMP: endless spinning on a busy machine made training 20 times slower (docs/LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    _State.verbose, _State.resume_hint = False, ""
+    try:
+        outcome = app(args=arguments, standalone_mode=False)
+        # Typer turns Ctrl-C into this exit status by itself.
+        if outcome != INTERRUPTED_EXIT_STATUS:
+            return outcome if isinstance(outcome, int) else 0
+    except PuRayError as error:
+        if _State.verbose:
+            traceback.print_exc()
+        if "--json" in arguments:
+            _print_json({"error": {"code": error.code, "problem": error.problem, **error.as_dict()}})
+        print(f"error ({error.code}): {error}", file=sys.stderr)
+        return error.exit_status
+    except (typer.Abort, KeyboardInterrupt):
+        pass
+    except _UsageError as error:
+        error.show()
+        return int(error.exit_code)
+    print(f"interrupted; {_State.resume_hint or 'nothing was changed'}", file=sys.stderr)
+    return INTERRUPTED_EXIT_STATUS

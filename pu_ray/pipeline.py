@@ -1,0 +1,468 @@
+"""The order of the stages: the only file that knows it.
+
+Every stage's identity is the digest of what determines its result: its part of the configuration, the identities of
+the stages before it, fingerprints of the outside sources it reads, seed and code version. A stage whose artifact
+carries that identity is done; any other is run. So running a job again does nothing, going on after a crash repeats
+only what was unfinished, and changing a setting redoes what depends on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from pu_ray import config as settings_of
+from pu_ray import gate, manifest
+from pu_ray.config import JobConfig
+from pu_ray.errors import ConfigError, DataError
+from pu_ray.manifest import Manifest
+from pu_ray.progress import Narrator
+from pu_ray.storage import Storage, sha256_of
+
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage.
+
+    Attributes:
+        name: Under which it appears in manifests and summaries.
+        verb: Command that runs it.
+        folder: Its artifact below the job's output.
+        module: Where its `run` is.
+        upstream: Steps whose results it reads.
+        outside: Outside sources it reads, see `Sources`.
+        sections: Dotted parts of the configuration it reads.
+        needs_ray: Whether `run` needs a running Ray.
+    """
+
+    name: str
+    verb: str
+    folder: str
+    module: str
+    upstream: tuple[str, ...]
+    outside: tuple[str, ...]
+    sections: tuple[str, ...]
+    needs_ray: bool = False
+
+
+_NETWORKS = ("teacher.architecture", "teacher.options", "teacher.preprocessing", "teacher.stages")
+
+STEPS = (
+    Step(
+        "features",
+        "features",
+        "features",
+        "pu_ray.features",
+        upstream=(),
+        outside=("teacher", "lake"),
+        sections=(
+            *_NETWORKS,
+            "lake.max_image_bytes",
+            "lake.max_image_px",
+            "lake.max_error_share",
+            "features",
+            "resources.embed.gpus",
+        ),
+        needs_ray=True,
+    ),
+    Step(
+        "fit",
+        "fit",
+        "scorer",
+        "pu_ray.pu.fit",
+        upstream=("features",),
+        outside=("teacher", "labeled"),
+        sections=(*_NETWORKS, "scorer", "selection.rule", "selection.recall", "selection.confidence"),
+    ),
+    Step(
+        "score",
+        "score",
+        "scores",
+        "pu_ray.score",
+        upstream=("features", "fit"),
+        outside=("teacher", "lake"),
+        sections=("scorer.features",),
+        needs_ray=True,
+    ),
+    Step(
+        "select",
+        "select",
+        "selection",
+        "pu_ray.select",
+        upstream=("features", "fit", "score"),
+        outside=("test",),
+        sections=("selection",),
+    ),
+    Step(
+        "materialise",
+        "select",
+        "mined",
+        "pu_ray.materialise",
+        upstream=("select",),
+        outside=("lake",),
+        sections=(),
+        needs_ray=True,
+    ),
+    Step(
+        "distill",
+        "distill",
+        "student",
+        "pu_ray.distill.fit",
+        upstream=("fit", "materialise"),
+        outside=("teacher", "labeled"),
+        sections=(*_NETWORKS, "student", "distill", "resources.train.gpus"),
+        needs_ray=True,
+    ),
+    Step(
+        "evaluate",
+        "evaluate",
+        "evaluation",
+        "pu_ray.evaluate",
+        upstream=("select", "distill"),
+        outside=("teacher", "test", "truth"),
+        sections=("evaluation.gate",),
+    ),
+    Step(
+        "export",
+        "export",
+        "exported",
+        "pu_ray.export",
+        upstream=("materialise", "distill", "evaluate"),
+        outside=("teacher",),
+        sections=("name", "export"),
+    ),
+)
+VERBS = tuple(dict.fromkeys(step.verb for step in STEPS))
+
+# A control is the same job with another choice of images: it shares what comes before the choice.
+_SHARED_WITH_CONTROLS = ("features", "scorer", "scores")
+_SHARED_STEPS = ("features", "fit", "score")
+_CONTROL_STEPS = ("select", "materialise", "distill", "evaluate")
+
+
+@dataclass(frozen=True)
+class _ControlStorage(Storage):
+    """A control's own folder, which sees the job's artifacts where it has none of its own."""
+
+    shared: Storage = field(kw_only=True)
+
+    def child(self, name: str) -> Storage:
+        return self.shared.child(name) if name in _SHARED_WITH_CONTROLS else super().child(name)
+
+
+class Sources:
+    """Fingerprints of what lies outside the run's folder; each is taken once."""
+
+    def __init__(self, job: JobConfig) -> None:
+        self._job = job
+
+    def __getitem__(self, name: str) -> str:
+        value: str = getattr(self, name)
+        return value
+
+    @cached_property
+    def teacher(self) -> str:
+        """Content of weights and class list."""
+        contents = []
+        for uri in (self._job.teacher.weights, self._job.teacher.classes):
+            folder, name = Storage(uri).split()
+            contents.append(sha256_of(folder.read_bytes(name)))
+        return settings_of.digest(contents)
+
+    @cached_property
+    def lake(self) -> str:
+        """Listing of the lake's shards."""
+        from pu_ray import lake
+
+        return lake.fingerprint(lake.list_shards(self._job.lake))
+
+    @cached_property
+    def labeled(self) -> str:
+        """Listing of the labeled images."""
+        from pu_ray import lake
+
+        return lake.labeled_fingerprint(self._job.labeled.uri)
+
+    @cached_property
+    def test(self) -> str:
+        """Listing of the test images."""
+        from pu_ray import lake
+
+        return lake.labeled_fingerprint(self._job.test.uri)
+
+    @cached_property
+    def truth(self) -> str:
+        """Content of the truth table, or nothing."""
+        if self._job.lake.truth is None:
+            return "none"
+        folder, name = Storage(self._job.lake.truth).split()
+        return sha256_of(folder.read_bytes(name))
+
+
+Known = Mapping[str, tuple[str, dict[str, str]]]
+
+
+def identities(job: JobConfig, sources: Sources, shared: Known | None = None) -> Known:
+    """Identity and inputs of every step, by name.
+
+    Args:
+        job: The job.
+        sources: Fingerprints of outside sources.
+        shared: Steps whose results another job provides.
+    """
+    result = dict(shared or {})
+    for step in STEPS:
+        if step.name not in result:
+            inputs = {name: sources[name] for name in step.outside} | {name: result[name][0] for name in step.upstream}
+            settings = {path: job.section(path) for path in step.sections}
+            result[step.name] = (manifest.identity(step.name, settings, inputs, job.seed), inputs)
+    return result
+
+
+# Starts Ray when the first step needs it; the caller decides how.
+SessionFactory = Callable[[], AbstractContextManager[Any]]
+
+
+class Pipeline:
+    """Runs a job's stages.
+
+    Args:
+        job: The job.
+        narrator: Where progress goes.
+        session: Brings up Ray, at most once, and only if a step needs it.
+    """
+
+    def __init__(self, job: JobConfig, narrator: Narrator, session: SessionFactory) -> None:
+        self.job = job = with_absolute_paths(job)
+        self.storage = Storage(job.output)
+        self._narrator = narrator
+        self._session = session
+        self._sources = Sources(job)
+        self._stack = ExitStack()
+        self._ray_is_up = False
+
+    def run(self) -> dict[str, Any]:
+        """The whole chain; finished stages are skipped.
+
+        Returns:
+            The summary, also published as summary.json.
+
+        Raises:
+            GateError: The student failed its gate; the report is there, an export is not.
+        """
+        with self._stack:
+            check_paths(self.job)
+            known = identities(self.job, self._sources)
+            worked = False
+            if not self._all_current(known):
+                check_networks(self.job)
+            verdict: Manifest | None = None
+            for step in STEPS:
+                if step.name == "export":
+                    worked |= self._run_controls()
+                    verdict = manifest.require(self.storage.child("evaluation"), "evaluate")
+                    if not verdict.facts["gate"]["passed"]:
+                        break
+                worked |= self._run_step(step, self.job, self.storage, known)
+            summary = self._report(known)
+            assert verdict is not None
+            gate.require(verdict, str(self.storage.child("evaluation")))
+            if not worked:
+                self._narrator.say("nothing to do: every stage is done, with the same inputs")
+            return summary
+
+    def run_verb(self, verb: str) -> list[Manifest]:
+        """One stage alone; what it needs must be there and up to date.
+
+        Raises:
+            DataError: An earlier stage is missing or out of date; names the command that mends it.
+        """
+        with self._stack:
+            check_paths(self.job)
+            known = identities(self.job, self._sources)
+            steps = [step for step in STEPS if step.verb == verb]
+            check_networks(self.job)
+            own = {step.name for step in steps}
+            for step in steps:
+                for name in step.upstream:
+                    needed = next(other for other in STEPS if other.name == name)
+                    if name not in own and not manifest.is_current(self.storage.child(needed.folder), known[name][0]):
+                        raise DataError(
+                            f"`{verb}` needs the result of `{needed.verb}`, which is missing or out of date",
+                            where=str(self.storage.child(needed.folder)),
+                            hint=f"run `pu-ray {needed.verb} JOB.yaml`, or `pu-ray run JOB.yaml` for everything",
+                        )
+                if not self._run_step(step, self.job, self.storage, known):
+                    self._narrator.say(f"{step.name}: nothing to do, it is done with the same inputs")
+            return [manifest.require(self.storage.child(step.folder), step.verb) for step in steps]
+
+    def report(self) -> dict[str, Any]:
+        """Summary and report of what is there."""
+        with self._stack:
+            check_paths(self.job)
+            return self._report(identities(self.job, self._sources))
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _all_current(self, known: Known) -> bool:
+        return all(manifest.is_current(self.storage.child(step.folder), known[step.name][0]) for step in STEPS)
+
+    def _run_step(
+        self,
+        step: Step,
+        job: JobConfig,
+        storage: Storage,
+        known: Known,
+        label: str = "",
+    ) -> bool:
+        """Run a step unless its artifact is current; says whether it ran."""
+        identity, inputs = known[step.name]
+        if manifest.is_current(storage.child(step.folder), identity):
+            return False
+        if step.name == "export":
+            # Before anything is touched: an earlier, better student stays exported.
+            gate.require(manifest.require(storage.child("evaluation"), "evaluate"), str(storage.child("evaluation")))
+        if step.needs_ray and not self._ray_is_up:
+            self._narrator.say("starting Ray")
+            self._stack.enter_context(self._session())
+            self._ray_is_up = True
+        name = f"{label}{step.name}"
+        with self._narrator.stage(name) as progress:
+            # Until the new result is complete, the old manifest must not vouch for a mixture.
+            storage.child(step.folder).delete(manifest.FILE_NAME)
+            run: Callable[..., Manifest] = importlib.import_module(step.module).run
+            published = run(job, storage, inputs, identity, progress)
+        self._narrator.say(f"{name:<12} {_in_words(published)}")
+        return True
+
+    def _control(self, control: str) -> tuple[JobConfig, Storage, Known]:
+        """A control's job, its storage and the identities of its steps."""
+        chosen = manifest.require(self.storage.child("selection"), "select").counts["selected"]
+        job = control_job(self.job, control, chosen)
+        storage = _ControlStorage(f"{self.storage.uri}/controls/{control}", shared=self.storage)
+        main = identities(self.job, self._sources)
+        return job, storage, identities(job, self._sources, shared={name: main[name] for name in _SHARED_STEPS})
+
+    def _run_controls(self) -> bool:
+        worked = False
+        for control in self.job.evaluation.controls:
+            job, storage, known = self._control(control)
+            for step in STEPS:
+                if step.name in _CONTROL_STEPS:
+                    worked |= self._run_step(step, job, storage, known, label=f"{control}: ")
+        return worked
+
+    def _finished_controls(self) -> dict[str, list[str]]:
+        """Identity and time of the evaluation of each control that belongs to this job."""
+        finished: dict[str, list[str]] = {}
+        for control in self.job.evaluation.controls:
+            _, storage, known = self._control(control)
+            document = manifest.read(storage.child("evaluation"))
+            if document is not None and document.identity == known["evaluate"][0]:
+                finished[control] = [document.identity, document.finished_at]
+        return finished
+
+    def _report(self, known: Known) -> dict[str, Any]:
+        from pu_ray import report
+
+        # What an earlier configuration made is not reported as this one's.
+        found = {step.name: manifest.read(self.storage.child(step.folder)) for step in STEPS}
+        current = {
+            name: document for name, document in found.items() if document and document.identity == known[name][0]
+        }
+        state = {name: [document.identity, document.finished_at] for name, document in current.items()}
+        controls = self._finished_controls() if "select" in current else {}
+        identity = settings_of.digest({"steps": state, "controls": controls})
+        if self.storage.kind(SUMMARY_FILE) == "file" and self.storage.kind(REPORT_FILE) == "file":
+            present: dict[str, Any] = self.storage.read_json(SUMMARY_FILE)
+            if present.get("identity") == identity:
+                return present
+        evaluation = self.job.evaluation.model_copy(update={"controls": tuple(controls)})
+        job = self.job.model_copy(update={"evaluation": evaluation})
+        summary = report.summarise(job, self.storage, current, len(STEPS)) | {"identity": identity}
+        self.storage.write_bytes(REPORT_FILE, report.render(self.job, self.storage, summary).encode())
+        self.storage.write_json(SUMMARY_FILE, summary)
+        return summary
+
+
+def control_job(job: JobConfig, control: str, budget: int) -> JobConfig:
+    """The same job with another choice of as many images."""
+    selection = job.selection.model_copy(update={"rule": control, "budget": budget})
+    evaluation = job.evaluation.model_copy(update={"controls": ()})
+    return job.model_copy(update={"selection": selection, "evaluation": evaluation})
+
+
+def with_absolute_paths(job: JobConfig) -> JobConfig:
+    """The same job with local paths made absolute: Ray's workers have other current directories."""
+    teacher = {name: Storage(getattr(job.teacher, name)).absolute() for name in ("weights", "classes")}
+    lake: dict[str, str] = {"uri": Storage(job.lake.uri).absolute()}
+    if job.lake.truth is not None:
+        lake["truth"] = Storage(job.lake.truth).absolute()
+    return job.model_copy(
+        update={
+            "output": Storage(job.output).absolute(),
+            "teacher": job.teacher.model_copy(update=teacher),
+            "labeled": job.labeled.model_copy(update={"uri": Storage(job.labeled.uri).absolute()}),
+            "test": job.test.model_copy(update={"uri": Storage(job.test.uri).absolute()}),
+            "lake": job.lake.model_copy(update=lake),
+        }
+    )
+
+
+def check_paths(job: JobConfig) -> None:
+    """Stop on a wrong path before anything is read.
+
+    Raises:
+        ConfigError: Names the field.
+    """
+    places = {
+        "teacher.weights": (job.teacher.weights, "file"),
+        "teacher.classes": (job.teacher.classes, "file"),
+        "labeled.uri": (job.labeled.uri, "folder"),
+        "test.uri": (job.test.uri, "folder"),
+        "lake.uri": (job.lake.uri, "folder"),
+    }
+    if job.lake.truth is not None:
+        places["lake.truth"] = (job.lake.truth, "file")
+    for setting, (uri, wanted) in places.items():
+        found = Storage(uri).kind()
+        if found != wanted:
+            raise ConfigError(
+                f"there is no such {wanted}",
+                where=setting,
+                allowed=f"the path or URI of a {wanted}",
+                got=f"{uri} ({found})",
+                hint="relative paths start at the current directory",
+            )
+
+
+def check_networks(job: JobConfig) -> None:
+    """Stop on a wrong network before a cluster is touched.
+
+    Raises:
+        ConfigError: Names the field.
+        DataError: The class list cannot be used.
+    """
+    from pu_ray import models
+
+    classes = models.read_classes(job.teacher.classes)
+    for setting, network in (("teacher", job.teacher), ("student", job.student)):
+        try:
+            built = models.build(network, len(classes), job.teacher.preprocessing.channels)
+            if setting == "teacher":
+                models.TappedNetwork(built, job.teacher.stages)
+        except ConfigError as error:
+            where = error.where if error.where and "." in error.where else f"{setting}.{error.where}"
+            raise ConfigError(error.problem, **(error.as_dict() | {"where": where})) from error
+
+
+def _in_words(published: Manifest) -> str:
+    counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in published.counts.items())
+    return f"{published.seconds:6.1f} s  {counts}"

@@ -1,0 +1,172 @@
+"""The files that start clusters and jobs, against what Ray itself would say of them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from pu_ray import config
+
+ROOT = Path(__file__).parents[2]
+CLUSTER_FILES = ("ray-cluster.yaml", "cluster/on-prem.yaml")
+KUBERAY = {"rayjob": "rayClusterSpec", "rayservice": "rayClusterConfig"}
+JOBS = sorted((ROOT / "cluster" / "jobs").glob("*.yaml"))
+
+
+def parsed(path: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+    return content
+
+
+def prepared(path: str) -> dict[str, Any]:
+    filled: dict[str, Any] = prepare_config(parsed(path))
+    validate_config(filled)
+    return filled
+
+
+def groups(manifest: str) -> dict[str, Any]:
+    """The node types that the autoscaler will see."""
+    spec = parsed(f"cluster/kuberay/{manifest}.yaml")["spec"][KUBERAY[manifest]]
+    custom_resource = {"metadata": {"name": "any", "namespace": "any"}, "spec": spec}
+    seen: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(custom_resource)["available_node_types"]
+    return seen
+
+
+def containers(manifest: str) -> list[dict[str, Any]]:
+    spec = parsed(f"cluster/kuberay/{manifest}.yaml")["spec"][KUBERAY[manifest]]
+    return [
+        container
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        for container in group["template"]["spec"]["containers"]
+    ]
+
+
+@pytest.mark.parametrize("path", CLUSTER_FILES)
+def test_ray_accepts_the_cluster_file(path: str) -> None:
+    prepared(path)
+
+
+def test_ray_s_check_can_fail() -> None:
+    broken = parsed("ray-cluster.yaml") | {"max_wrokers": 1}
+    with pytest.raises(Exception, match="max_wrokers"):
+        validate_config(prepare_config(broken))
+
+
+@pytest.mark.parametrize("path", CLUSTER_FILES)
+def test_every_ray_start_demands_the_token_and_the_head_takes_no_work(path: str) -> None:
+    filled = prepared(path)
+    starts = [
+        command
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for command in filled[key]
+        if "ray start" in command
+    ]
+    assert len(starts) == 2
+    for command in starts:
+        assert "RAY_AUTH_MODE=token ray start" in command
+    assert "--num-cpus=0" in starts[0]
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in starts[0]
+    assert "--dashboard-host=" in starts[0]
+    assert "--address=$RAY_HEAD_IP:6379" in starts[1]
+    assert list(filled["file_mounts"]) == ["~/.ray/auth_token"]
+
+
+def test_aws_asks_for_spot_first_and_lets_everything_but_the_head_go() -> None:
+    filled = prepared("ray-cluster.yaml")
+    kinds = filled["available_node_types"]
+    assert kinds["head"]["resources"] == {"CPU": 0}
+    assert all(kind["min_workers"] == 0 for kind in kinds.values())
+    spot, on_demand = kinds["gpu-spot"], kinds["gpu-on-demand"]
+    assert spot["priority"] > on_demand["priority"]
+    assert spot["resources"] == on_demand["resources"]
+    assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in on_demand["node_config"]
+    assert filled["provider"]["cache_stopped_nodes"] is False
+
+
+def test_aws_gets_nothing_from_ray_s_open_defaults() -> None:
+    for kind in prepared("ray-cluster.yaml")["available_node_types"].values():
+        for key in ("ImageId", "SubnetIds", "SecurityGroupIds", "IamInstanceProfile", "KeyName"):
+            assert kind["node_config"].get(key), key
+
+
+@pytest.mark.parametrize(
+    ("manifest", "expected"),
+    [
+        ("rayjob", {"headgroup": (0, 0), "cpu-decode": (0, 8), "gpu-spot": (0, 16), "gpu-on-demand": (0, 4)}),
+        ("rayservice", {"headgroup": (0, 0), "cpu-serve": (1, 4)}),
+    ],
+)
+def test_the_autoscaler_sees_the_groups(manifest: str, expected: dict[str, tuple[int, int]]) -> None:
+    seen = groups(manifest)
+    assert {name: (kind["min_workers"], kind["max_workers"]) for name, kind in seen.items()} == expected
+    assert seen["headgroup"]["resources"]["CPU"] == 0
+    assert all("idle_timeout_s" in kind for name, kind in seen.items() if name != "headgroup")
+
+
+def test_kubernetes_asks_for_spot_first() -> None:
+    seen = groups("rayjob")
+    assert seen["gpu-spot"]["priority"] > seen["gpu-on-demand"]["priority"]
+    assert seen["gpu-spot"]["resources"] == seen["gpu-on-demand"]["resources"]
+    assert seen["gpu-spot"]["resources"]["GPU"] == 1
+
+
+@pytest.mark.parametrize("manifest", KUBERAY)
+def test_kuberay_pins_ray_its_autoscaler_and_the_token(manifest: str) -> None:
+    spec = parsed(f"cluster/kuberay/{manifest}.yaml")["spec"][KUBERAY[manifest]]
+    assert spec["rayVersion"] == ray.__version__
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["authOptions"]["mode"] == "token"
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("manifest", KUBERAY)
+def test_every_container_is_ours_and_may_not_rise(manifest: str) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for container in containers(manifest):
+        assert container["image"] == f"pu-ray:{version}"
+        assert container["securityContext"]["runAsNonRoot"] is True
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_serve_accepts_the_students_application() -> None:
+    text = parsed("cluster/kuberay/rayservice.yaml")["spec"]["serveConfigV2"]
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    assert application.import_path == "serving.app:app_from_args"
+    assert application.args == {"students": ["s3://your-bucket/runs/shop/exported"]}
+
+
+@pytest.mark.parametrize("path", CLUSTER_FILES)
+def test_setup_checks_for_the_ray_that_is_installed_here_and_needs_no_internet(path: str) -> None:
+    filled = prepared(path)
+    for key in ("head_setup_commands", "worker_setup_commands"):
+        (command,) = filled[key]
+        assert f"ray.__version__ != '{ray.__version__}'" in command
+
+
+def test_the_image_is_built_from_the_ray_that_is_installed_here() -> None:
+    text = (ROOT / "cluster" / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^ARG RAY_VERSION=(\S+)$", text, re.MULTILINE).group(1) == ray.__version__  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_every_job_file_is_valid(path: Path) -> None:
+    config.load(path, environment={})
+
+
+def test_the_paper_s_settings_are_the_paper_s() -> None:
+    job = config.load(ROOT / "cluster" / "jobs" / "paper-cifar10.yaml", environment={}).job
+    assert (job.recipe, job.scorer.prior, job.scorer.features) == ("paper", 0.21, "finetuned")
+    assert (job.scorer.epochs, job.scorer.batch_size) == (170, 4096)
+    assert (job.distill.epochs, job.distill.batch_size) == (200, 2048)
+    assert (job.teacher.architecture, job.student.architecture) == ("cifar/resnet34-w64", "cifar/resnet18-w64")
