@@ -1,0 +1,182 @@
+"""Exported folders become students: checked once, then immutable.
+
+Nothing is served that the export stage did not finish, that changed since, or that failed its quality gate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from pu_ray import manifest
+from pu_ray.config import PreprocessingConfig
+from pu_ray.errors import ConfigError, DataError, GateError
+from pu_ray.storage import Storage, sha256_of
+
+MODEL = "model.onnx"
+LABELS = "labels.txt"
+PREPROCESSING = "preprocess.json"
+
+# The names a job may have (config.JobConfig.name); anything else would break URLs and log lines.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What there is to know about a student apart from its weights.
+
+    Attributes:
+        uri: The exported folder; absolute where it is local, because replicas have another working directory.
+        name: The job's name; unique within a server.
+        version: The export's identity: the digest of everything that made it.
+        labels: Class names in the order of the logits; K of them.
+        preprocessing: How images become the network's input.
+    """
+
+    uri: str
+    name: str
+    version: str
+    labels: tuple[str, ...]
+    preprocessing: PreprocessingConfig
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A student with its network.
+
+    Attributes:
+        student: What there is to know about it.
+        model: The ONNX graph: `pixels` float32 [N, C, H, W] to `logits` float32 [N, K].
+    """
+
+    student: Student
+    model: bytes
+
+
+def load(uri: str) -> LoadedStudent:
+    """Open and check one exported folder.
+
+    Args:
+        uri: Folder that the export stage published.
+
+    Raises:
+        DataError: Not an export, incomplete, or a file differs from what was published.
+        GateError: The student failed its quality gate.
+    """
+    storage = Storage(uri)
+    if storage.is_local:
+        storage = Storage(str(storage.local_path))
+    published = manifest.require(storage, made_by="export")
+    where = f"{storage}/{manifest.FILE_NAME}"
+    if published.stage != "export":
+        raise DataError(
+            "only exported students can be served",
+            where=where,
+            allowed="an artifact of stage 'export'",
+            got=f"stage {published.stage!r}",
+            hint="serve the run's folder `exported`",
+        )
+    if published.facts.get("gate_passed") is not True:
+        raise GateError(
+            "this student did not pass its quality gate",
+            where=where,
+            got=f"gate_passed {published.facts.get('gate_passed')!r}",
+            hint="look into the run's report.html; nothing below the gate is served",
+        )
+    name = published.facts.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DataError(
+            "the student's name cannot be used in URLs",
+            where=where,
+            allowed=_NAME.pattern,
+            got=repr(name),
+            hint="export again",
+        )
+    if MODEL not in published.files:
+        raise DataError(
+            "this export holds no ONNX network, the format that is served",
+            where=where,
+            got=", ".join(sorted(published.files)),
+            hint="add `onnx` to export.formats and export again",
+        )
+    contents = _checked_files(storage, published)
+    student = Student(
+        uri=storage.uri,
+        name=name,
+        version=published.identity,
+        labels=_labels(contents[LABELS], f"{storage}/{LABELS}"),
+        preprocessing=_preprocessing(contents[PREPROCESSING], f"{storage}/{PREPROCESSING}"),
+    )
+    return LoadedStudent(student, contents[MODEL])
+
+
+def load_all(uris: Sequence[str]) -> list[LoadedStudent]:
+    """Open the students of one server.
+
+    Raises:
+        ConfigError: None given, or two of the same name.
+        DataError, GateError: See `load`.
+    """
+    if not uris:
+        raise ConfigError("there is nothing to serve", allowed="one exported folder or more")
+    students: dict[str, LoadedStudent] = {}
+    for uri in uris:
+        loaded = load(uri)
+        other = students.setdefault(loaded.student.name, loaded)
+        if other is not loaded:
+            raise ConfigError(
+                f"two students are called {loaded.student.name!r}",
+                where=loaded.student.uri,
+                allowed="one student per name",
+                got=f"{other.student.uri} has this name too",
+                hint="give the jobs different names, or serve the students from two servers",
+            )
+    return list(students.values())
+
+
+def _checked_files(storage: Storage, published: manifest.Manifest) -> dict[str, bytes]:
+    """The contents that serving needs, by name; every published file is compared with its digest."""
+    digests = published.facts.get("sha256")
+    if not isinstance(digests, Mapping):
+        raise DataError(
+            "the export lists no digests, so its files cannot be checked",
+            where=f"{storage}/{manifest.FILE_NAME}",
+            hint="export again",
+        )
+    needed = {MODEL, LABELS, PREPROCESSING}
+    contents = {}
+    for path in sorted(needed | set(published.files)):
+        content = storage.read_bytes(path)
+        if digests.get(path) != sha256_of(content):
+            raise DataError(
+                "the file differs from the one that was published",
+                where=f"{storage}/{path}",
+                allowed=f"sha256 {digests.get(path, 'in the manifest')}",
+                got=f"sha256 {sha256_of(content)}, {len(content)} bytes",
+                hint="delete the exported folder and export again",
+            )
+        if path in needed:
+            contents[path] = content
+    return contents
+
+
+def _labels(content: bytes, where: str) -> tuple[str, ...]:
+    try:
+        labels = tuple(content.decode("utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text", where=where, got=str(error)) from error
+    if not labels or not all(label.strip() for label in labels) or len(set(labels)) < len(labels):
+        raise DataError("class names must be there, not empty, and different", where=where, got=f"{len(labels)} lines")
+    return labels
+
+
+def _preprocessing(content: bytes, where: str) -> PreprocessingConfig:
+    try:
+        return PreprocessingConfig.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise DataError("not a preprocessing description", where=where, got=f"{place}: {problem['msg']}") from error
