@@ -1,0 +1,89 @@
+"""What README and the other documents say must work: settings validate, commands and files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from pu_ray import config
+from pu_ray.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    # Fences are matched in pairs, whatever their language, or the end of one block would open the next.
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [content for name, content in fences if name == language]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for block in blocks(document, ""):
+            lines = [line.split("#")[0].strip() for line in block.splitlines()]
+            found += [(document.name, line) for line in lines if re.match(r"(\.venv/bin/)?(pu-ray|make) ", line)]
+    return found
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize(("document", "line"), commands())
+def test_every_command_in_the_documents_exists_with_its_flags(document: str, line: str) -> None:
+    program, *arguments = shlex.split(line)
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), (
+            f"{document}: {line}"
+        )
+        return
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        assert arguments[0] in command.commands, f"{document}: {line}"
+        command = command.commands[arguments.pop(0)]
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    assert {word for word in arguments if word.startswith("-")} <= flags, f"{document}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("document", "block"), [(document.name, block) for document in DOCUMENTS for block in blocks(document, "yaml")]
+)
+def test_every_job_in_the_documents_is_valid(document: str, block: str) -> None:
+    job = config.resolve([(document, yaml.safe_load(block))]).job
+    assert job.name
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    broken = []
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            if not (document.parent / target).exists():
+                broken.append(f"{document.name}: {target}")
+    assert not broken
+
+
+def test_every_setting_named_in_the_documents_exists() -> None:
+    known = {
+        path
+        for path, _, _ in config.resolve([("README", yaml.safe_load(blocks(ROOT / "README.md", "yaml")[0]))]).values()
+    }
+    sections = {path.split(".")[0] for path in known if "." in path} - {"lake", "features"}
+    named = set()
+    for document in (ROOT / "README.md", ROOT / "docs/LOG.md"):
+        named |= set(re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_.]+)(?:[:=][^`]*)?`", document.read_text()))
+    assert named
+    assert {name for name in named if not any(path == name or path.startswith(f"{name}.") for path in known)} == set()
+
+
+def test_every_job_file_that_is_shipped_is_valid() -> None:
+    jobs = sorted((ROOT / "cluster/jobs").glob("*.yaml"))
+    assert {job.stem for job in jobs} >= {"smoke", "paper-cifar10", "paper-imagenet"}
+    for job in jobs:
+        assert config.load(job, environment={}).job.name
