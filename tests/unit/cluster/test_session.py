@@ -11,6 +11,13 @@ from pu_ray.errors import ClusterError
 GIB = 2**30
 
 
+@pytest.fixture(autouse=True)
+def no_ray_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of a run share a Ray in this process: a session would use it, and a failed one would end it."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+
+
 def test_a_private_ray_never_has_so_few_cpus_that_reads_starve() -> None:
     assert session.logical_cpus(1.0) >= session.LEAST_LOGICAL_CPUS
     assert session.logical_cpus(4000.25) == 4001
@@ -53,11 +60,7 @@ def test_workers_find_the_same_working_copy_and_the_user_s_settings_win() -> Non
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
-def test_an_address_where_nothing_listens_fails_at_once_and_says_what_to_do(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Other tests of the same run share a Ray in this process, which a session would use as it is.
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
+def test_an_address_where_nothing_listens_fails_at_once_and_says_what_to_do(form: str) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = form.format(port=closed.getsockname()[1])
@@ -71,7 +74,6 @@ def test_an_address_where_nothing_listens_fails_at_once_and_says_what_to_do(
 
 
 def test_the_address_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")
     with pytest.raises(ClusterError) as raised, session.ray_session(address=None, verbose=True, needed_cpus=1):
         pass
