@@ -27,6 +27,8 @@ from pu_ray.progress import Narrator
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=pu_ray.__doc__)
 config_app = typer.Typer(no_args_is_help=True, help="Look at a job's settings.")
 app.add_typer(config_app, name="config")
+lake_app = typer.Typer(no_args_is_help=True, help="Look into a lake, or rebuild one in well-cut shards.")
+app.add_typer(lake_app, name="lake")
 
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")]
@@ -196,6 +198,78 @@ def config_show(job: Job, set_: Set = None, as_json: Json = False) -> None:
 def config_schema() -> None:
     """The JSON Schema of a job file, for editors."""
     _print_json(settings_of.json_schema())
+
+
+# -- lakes -------------------------------------------------------------------------------------------------
+
+LakeFormat = Annotated[
+    str, typer.Option("--format", help="auto, parquet, tar, uris or folder: which of its files to take.")
+]
+
+
+def _lake(uri: str, kind: str) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return settings_of.LakeConfig.model_validate({"uri": uri, "format": kind})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        allowed = str(first.get("ctx", {}).get("expected", first["msg"]))
+        where = {"format": "--format"}.get(str(first["loc"][0]), "URI")
+        raise ConfigError(
+            "the lake cannot be named so", where=where, allowed=allowed, got=str(first["input"])
+        ) from error
+
+
+@lake_app.command("inspect")
+def lake_inspect(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="The lake: a folder or URI, or one shard.")],
+    kind: LakeFormat = "auto",
+    sample: Annotated[int, typer.Option(min=1, help="Images to look at.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    sheet: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Write miniatures of the sample to this path or URI.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Shards, images, formats, sizes and what is broken, from a random sample."""
+    _State.verbose = verbose
+    from pu_ray import lake_inspect as inspector
+
+    with Narrator(quiet).stage("inspect") as progress:
+        found, tiles = inspector.inspect(_lake(uri, kind), sample, seed, progress)
+    if sheet is not None:
+        inspector.write_sheet(sheet, tiles)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        print(inspector.render(found))
+
+
+@lake_app.command("build")
+def lake_build(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder or URI, or one tar, list or Parquet file.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="An empty folder or URI.")],
+    kind: LakeFormat = "auto",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Encoded megabytes per shard.")] = 256,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Copy images into well-cut Parquet shards, untouched; run it again and it goes on."""
+    _State.verbose = verbose
+    from pu_ray import lake_build as builder
+
+    config = _lake(source, kind)
+    _State.resume_hint = "run the same command again: finished shards are kept"
+    with Narrator(quiet).stage("build") as progress:
+        built = builder.build(config, destination, shard_mb, progress)
+    if as_json:
+        _print_json(built.model_dump(mode="json"))
+    else:
+        print(builder.render(built))
 
 
 # -- the cluster -------------------------------------------------------------------------------------------

@@ -93,11 +93,20 @@ class ImagesConfig(_Section):
 class LakeConfig(_Section):
     """The unlabeled images."""
 
-    uri: str = Field(min_length=1)
-    format: Literal["auto", "parquet", "tar", "folder"] = "auto"
+    uri: str = Field(min_length=1, description="A folder of shards or of images, or one shard.")
+    format: Literal["auto", "parquet", "tar", "uris", "folder"] = Field(
+        default="auto", description="auto: by each file's suffix; uris: text files (.uris) with one URI per line."
+    )
     max_error_share: Share = Field(default=0.05, description="The run stops (exit 3) above this share of bad images.")
     max_image_bytes: PositiveInt = Field(default=64 * 2**20, description="Larger encoded images become error rows.")
     max_image_px: PositiveInt = Field(default=100_000_000, description="Width x height checked before decoding.")
+    scaled_decode: bool = Field(
+        default=False,
+        description="Decode JPEGs at the smallest scale that holds the pixels needed: faster, slightly other pixels.",
+    )
+    min_scaled_agreement: Share = Field(
+        default=0.95, description="scaled_decode: share of a lake sample on which the teacher must say the same."
+    )
     chunk_rows: PositiveInt = Field(default=2048, description="Images per unit of work inside a shard.")
     truth: str | None = Field(
         default=None, description="Parquet of sample_id and class where the lake's truth is known (benchmarks)."
@@ -111,6 +120,27 @@ class FeaturesConfig(_Section):
         default="auto", description="auto: torch on a GPU, ONNX Runtime on a CPU."
     )
     batch_size: PositiveInt = 128
+    compile: bool = Field(default=False, description="torch.compile on a GPU: minutes at start, faster afterwards.")
+    cache: bool = Field(
+        default=True,
+        description="Keep every image's features, so that another scorer needs no second look at the lake; "
+        "false: keep a sample for the fit, and score the lake from its images.",
+    )
+    cache_uri: str | None = Field(
+        default=None, description="Folder shared by runs: what one embedded with this teacher, no other embeds again."
+    )
+    cascade: bool = Field(
+        default=False, description="A gate on the early stages spares far negatives the rest of the network."
+    )
+    cascade_stages: PositiveInt = Field(default=1, description="How many early stages the gate sees.")
+    cascade_recall: OpenShare = Field(default=0.995, description="Share of labeled positives the gate must let pass.")
+    cascade_sample: PositiveInt = Field(default=4096, description="Lake images the gate is fitted on.")
+
+    @model_validator(mode="after")
+    def _cache_uri_needs_cache(self) -> Self:
+        if self.cache_uri is not None and not self.cache:
+            raise ValueError("cache_uri shares what cache keeps: set cache to true, or leave cache_uri out")
+        return self
 
 
 class SplitConfig(_Section):
@@ -172,6 +202,10 @@ class ScorerConfig(_Section):
     beta: NonNegativeFloat = Field(default=0.0, description="nnPU: tolerance below zero before the correction.")
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="nnPU: step of the correction.")
     unlabeled_sample: PositiveInt = Field(default=20_000, description="Lake images the fit may see.")
+    on_new_shards: Literal["keep", "refit"] = Field(
+        default="keep",
+        description="A lake that grew: keep scorer and gate, so that only new shards are worked on, or fit them anew.",
+    )
     split: SplitConfig = SplitConfig()
     batch_size: Annotated[int, Field(ge=2)] = 512
     positive_share: OpenShare = Field(default=0.25, description="Share of labeled positives in every step.")
@@ -308,9 +342,17 @@ class EmbedResources(_Section):
 
 
 class DecodeResources(_Section):
-    """The tasks that read and decode images."""
+    """The tasks that read images, and where actors have a GPU decode them."""
 
     cpus: PositiveFloat = 1.0
+    memory_gib: PositiveFloat = Field(default=0.5, description="Logical memory reserved for each task.")
+
+
+class WriteResources(_Section):
+    """The tasks that write what the actors made; they mostly wait for the storage."""
+
+    cpus: PositiveFloat = 0.25
+    memory_gib: PositiveFloat = Field(default=0.25, description="Logical memory reserved for each task.")
 
 
 class TrainResources(_Section):
@@ -325,6 +367,7 @@ class ResourcesConfig(_Section):
 
     embed: EmbedResources = EmbedResources()
     decode: DecodeResources = DecodeResources()
+    write: WriteResources = WriteResources()
     train: TrainResources = TrainResources()
 
 
@@ -347,6 +390,15 @@ class JobConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _cascade_fits_the_scorer(self) -> Self:
+        if self.features.cascade and self.scorer.features == "finetuned":
+            raise ValueError(
+                "features.cascade spares the frozen teacher, and scorer.features 'finetuned' looks at every image with "
+                "a network of its own: set one of them otherwise"
+            )
+        return self
 
     def section(self, dotted: str) -> Any:
         """The value at a dotted path as plain JSON data, for example `"teacher.preprocessing"`."""

@@ -32,6 +32,10 @@ class Progress(Protocol):
         """Say something in passing."""
         ...
 
+    def found(self, files: int) -> None:
+        """Show that a listing goes on: this many files so far."""
+        ...
+
 
 class Silent:
     """A counter nobody watches."""
@@ -43,6 +47,9 @@ class Silent:
         """See `Progress`."""
 
     def note(self, message: str) -> None:
+        """See `Progress`."""
+
+    def found(self, files: int) -> None:
         """See `Progress`."""
 
 
@@ -92,6 +99,9 @@ class _Bar:
     def note(self, message: str) -> None:
         self._narrator.say(message)
 
+    def found(self, files: int) -> None:
+        self._bars.reset(self._task, total=None, completed=files, unit="files listed", rate="")
+
 
 class _Lines:
     def __init__(self, narrator: Narrator, name: str) -> None:
@@ -123,3 +133,9 @@ class _Lines:
 
     def note(self, message: str) -> None:
         self._narrator.say(message)
+
+    def found(self, files: int) -> None:
+        now = time.monotonic()
+        if now - self._spoken >= _LINE_EVERY_S:
+            self._spoken = now
+            self._narrator.say(f"  {self._name}: listing, {files:,} files so far")

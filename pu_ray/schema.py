@@ -21,14 +21,16 @@ PIXELS: Final = "pixels"
 FEATURES: Final = "features"
 THUMBNAIL: Final = "thumbnail"  # 12 x 12 greyscale, for finding near copies
 LOGITS: Final = "logits"
-SCORE: Final = "score"
-PREDICTED: Final = "predicted"  # the teacher's argmax class
+GATE: Final = "gate"  # margin of the cascade's gate; below 0 the rest of the network was spared
+SCORE: Final = "score"  # minus infinity for an image that the gate rejected
+PREDICTED: Final = "predicted"  # the teacher's argmax class; NO_CLASS where the teacher was spared
 CONFIDENCE: Final = "confidence"  # the teacher's softmax probability of that class
 ORDER: Final = "order"  # position in the mined set; any prefix is class-stratified
 WHY: Final = "why"
 CLASS: Final = "class"  # true class, or -1 for an image of no class; only where the truth is known
 
 SAMPLE_ID_BYTES: Final = 16
+NO_CLASS: Final = -1
 THUMBNAIL_PX: Final = 144
 SAMPLE_ID_TYPE: Final = pa.binary(SAMPLE_ID_BYTES)
 
@@ -57,26 +59,36 @@ def decoded(pixels_per_image: int) -> pa.Schema:
 
 
 def features(feature_width: int, classes: int) -> pa.Schema:
-    """`features` [N, D] float16, pooled stage outputs; `logits` [N, K] float32 of the teacher; `thumbnail` uint8."""
+    """`features` [N, D] float16, pooled stage outputs; `logits` [N, K] float32 of the teacher; `thumbnail` uint8.
+
+    `gate` is null without a cascade; a row that the gate rejected has neither features nor logits.
+    """
     return pa.schema(
         [
             *_IDENTITY,
             pa.field(FEATURES, pa.list_(pa.float16(), feature_width)),
             pa.field(LOGITS, pa.list_(pa.float32(), classes)),
             pa.field(THUMBNAIL, pa.list_(pa.uint8(), THUMBNAIL_PX)),
+            pa.field(GATE, pa.float32()),
             pa.field(ERROR, pa.string()),
         ]
     )
 
 
-def scores() -> pa.Schema:
-    """One row per lake row: the PU logit, the teacher's class and confidence, or an error code."""
+def scores(thumbnails: bool = False) -> pa.Schema:
+    """One row per lake row: the PU logit, the teacher's class and confidence, or an error code.
+
+    Args:
+        thumbnails: Whether they are kept here, because no feature cache holds them.
+    """
+    thumbnail = [pa.field(THUMBNAIL, pa.list_(pa.uint8(), THUMBNAIL_PX))] if thumbnails else []
     return pa.schema(
         [
             *_IDENTITY,
             pa.field(SCORE, pa.float32()),
             pa.field(PREDICTED, pa.int32()),
             pa.field(CONFIDENCE, pa.float32()),
+            *thumbnail,
             pa.field(ERROR, pa.string()),
         ]
     )

@@ -211,7 +211,7 @@ WRONG_VALUES = [
     ("output=5", "output (--set)", ["string", "got: 5"]),
     ("lake=null", "lake (--set)", ["got: None"]),
     ("lake.uri=''", "lake.uri (--set)", ["got: ''"]),
-    ("lake.format=zip", "lake.format (--set)", ["'auto', 'parquet', 'tar' or 'folder'", "got: 'zip'"]),
+    ("lake.format=zip", "lake.format (--set)", ["'auto', 'parquet', 'tar', 'uris' or 'folder'", "got: 'zip'"]),
     ("lake.max_error_share=1.5", "lake.max_error_share (--set)", ["allowed: <= 1.0", "got: 1.5"]),
     ("lake.max_error_share=.nan", "lake.max_error_share (--set)", ["got: nan"]),
     ("lake.chunk_rows=0", "lake.chunk_rows (--set)", ["allowed: >= 1", "got: 0"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pickle
@@ -154,6 +155,18 @@ def test_a_flat_float_image_is_no_division_by_zero():
     assert set(pixels.reshape(-1)) == {0}
 
 
+def test_float_images_may_hold_what_is_no_number(recwarn):
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    ramp[0, 0], ramp[0, 1], ramp[0, 2] = np.nan, np.inf, -np.inf
+    pixels = images.decode(encode(Image.fromarray(ramp), "TIFF"), GREY).reshape(-1)
+    assert pixels[:3].tolist() == [0, 255, 0]
+    assert pixels[3] == 0
+    assert pixels[-1] == 255
+    nothing = np.full((16, 16), np.nan, np.float32)
+    assert set(images.decode(encode(Image.fromarray(nothing), "TIFF"), GREY).reshape(-1)) == {0}
+    assert not recwarn.list
+
+
 def test_grey_becomes_three_equal_channels_for_a_colour_network():
     grey = picture(4, side=16).convert("L")
     pixels = images.decode(encode(grey), COLOUR)
@@ -248,6 +261,97 @@ def test_the_jobs_limit_replaces_pillows(monkeypatch):
     assert images.decode(encode(picture(1, side=24)), COLOUR, Limits(max_px=1000)).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("max_px", [10, 10**9])
+def test_our_limit_never_lowers_pillows_for_others_in_this_process(max_px):
+    with contextlib.suppress(ImageError):
+        images.decode(encode(picture(1, side=24)), COLOUR, Limits(max_px=max_px))
+    assert max(max_px, images._PILLOW_MAX_PX) == Image.MAX_IMAGE_PIXELS
+    Image.new("L", (20, 20)).crop((0, 0, 20, 20))
+
+
+# -- headers -----------------------------------------------------------------------------------------------
+
+
+def test_the_header_is_told_without_decoding(monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    content = encode(picture(1, side=24).crop((0, 0, 24, 10)), "JPEG")
+    assert images.header(content) == images.Header("JPEG", "RGB", 24, 10)
+    assert images.header(encode(solid(7, "L"))) == images.Header("PNG", "L", 16, 16)
+
+
+def test_the_header_of_what_is_no_image_or_too_large_is_an_error():
+    for content, code in ((b"<html>", "not_an_image"), (encode(picture(1, side=24)), "too_large")):
+        with pytest.raises(ImageError) as caught:
+            images.header(content, Limits(max_px=99))
+        assert caught.value.code == code
+
+
+# -- scaled decoding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "resize_px", "expected"),
+    [
+        ((640, 480), 240, (320, 240)),
+        ((640, 480), 241, (640, 480)),  # half would be too small by one pixel
+        ((640, 480), 100, (160, 120)),
+        ((640, 480), 16, (80, 60)),  # an eighth is the smallest there is
+        ((480, 640), 100, (120, 160)),
+        ((100, 100), 200, (100, 100)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_holds_the_pixels_before_the_crop(size, resize_px, expected):
+    preprocessing = PreprocessingConfig(size_px=min(16, resize_px), resize_px=resize_px)
+    image = images._open(encode(solid("red", side=640).crop((0, 0, *size)), "JPEG"), Limits())
+    assert images._shrink(image, preprocessing) == (size != expected)
+    image.load()
+    assert image.size == expected
+
+
+def test_scaled_pixels_are_near_the_full_ones_and_others_than_they():
+    content = encode(picture(8, side=256), "JPEG", quality=95)
+    full, scaled = (images.decode(content, COLOUR, scaled=scaled).astype(int) for scaled in (False, True))
+    assert 0 < np.abs(full - scaled).mean() < 3
+    assert np.abs(full - np.asarray(picture(9, side=16))).mean() > 20
+
+
+@pytest.mark.parametrize(
+    "content",
+    [encode(picture(8, side=256)), encode(picture(8, side=30), "JPEG"), encode(picture(8, side=256), "WEBP")],
+    ids=["png", "small jpeg", "webp"],
+)
+def test_what_cannot_be_decoded_smaller_is_decoded_as_ever(content):
+    np.testing.assert_array_equal(images.decode(content, COLOUR, scaled=True), images.decode(content, COLOUR))
+
+
+def test_the_orientation_of_a_scaled_jpeg_is_kept():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    halves = Image.new("RGB", (256, 256), "red")
+    halves.paste("blue", (0, 128, 256, 256))
+    content = encode(halves.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif)
+    pixels = images.decode(content, COLOUR, scaled=True)
+    assert pixels[:7, :, 0].min() > 230
+    assert pixels[9:, :, 2].min() > 230
+
+
+def test_the_difference_is_that_of_the_jpegs_decoded_smaller():
+    contents = [encode(picture(seed, side=200), "JPEG") for seed in range(3)]
+    both = [
+        [images.decode(content, COLOUR, scaled=scaled).astype(int) for scaled in (False, True)] for content in contents
+    ]
+    differences = np.abs([full - scaled for full, scaled in both])
+    found = images.scaled_difference([*contents, encode(picture(1)), b"<html>", b""], COLOUR)
+    assert (found.images, found.scaled) == (4, 3)
+    assert found.mean == pytest.approx(differences.mean())
+    assert found.largest == differences.max() > 0
+
+
+def test_without_jpegs_there_is_no_difference():
+    assert images.scaled_difference([], COLOUR) == images.ScaledDifference(0, 0, 0.0, 0)
+    assert images.scaled_difference([encode(picture(1))], COLOUR) == images.ScaledDifference(1, 0, 0.0, 0)
+
+
 # -- what is no image --------------------------------------------------------------------------------------
 
 
@@ -284,7 +388,7 @@ def test_whatever_a_decoder_raises_is_a_code(monkeypatch):
         raise ZeroDivisionError("a hostile header")
 
     content = encode(picture(1))
-    monkeypatch.setattr(images.ImageOps, "exif_transpose", fail)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     assert code_of(content) == "unreadable"
     monkeypatch.setattr(images.Image, "open", fail)
     assert code_of(content) == "unreadable"
