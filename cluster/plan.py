@@ -228,7 +228,7 @@ def measure_lake(config: JobConfig) -> LakeSize:
 
     shards = lake.list_shards(config.lake)
     sample = _spread(shards, _SAMPLED_SHARDS)
-    units = lake_pass.lake_units(config.lake, sample, config.teacher.preprocessing)
+    units = lake_pass.lake_units(config, shards, sample)
     size = sum(shard.size_bytes for shard in shards)
     # Rows follow bytes better than they follow shards, whose last one is often short.
     factor = 1.0 if len(sample) == len(shards) else size / max(1, sum(shard.size_bytes for shard in sample))

@@ -26,7 +26,6 @@ MEMORY: Final = "memory"
 
 _GIB = 2**30
 _READERS = 1  # without a free slot for one read and one write, a pipeline whose actors are all up cannot move
-_WRITE_CPUS = 1.0
 _TRAIN_SPARE_CPUS = 1.0
 # `ray up` and KubeRay label the nodes they start; whoever starts nodes may start more.
 _NODE_GROUP_LABEL = "ray.io/node-group"
@@ -110,7 +109,8 @@ class PreflightReport:
 
 def required(config: JobConfig) -> list[Requirement]:
     """The least resources of each stage: arithmetic only, no Ray."""
-    embed, decode, train = config.resources.embed, config.resources.decode, config.resources.train
+    embed, decode, write = config.resources.embed, config.resources.decode, config.resources.write
+    train = config.resources.train
     actor = {CPU: embed.cpus, GPU: embed.gpus, MEMORY: embed.memory_gib * _GIB}
     worker = {CPU: train.cpus, GPU: train.gpus}
     fewest = config.distill.fewest_workers
@@ -119,8 +119,13 @@ def required(config: JobConfig) -> list[Requirement]:
             "mining",
             (
                 Part("embedding actors", embed.min_actors, _positive(actor), "resources.embed"),
-                Part("read and decode tasks", _READERS, {CPU: decode.cpus}, "resources.decode.cpus"),
-                Part("write tasks", 1, {CPU: _WRITE_CPUS}, "resources.embed"),
+                Part(
+                    "read and decode tasks",
+                    _READERS,
+                    {CPU: decode.cpus, MEMORY: decode.memory_gib * _GIB},
+                    "resources.decode",
+                ),
+                Part("write tasks", 1, {CPU: write.cpus, MEMORY: write.memory_gib * _GIB}, "resources.write"),
             ),
         ),
         Requirement(

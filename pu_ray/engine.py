@@ -3,6 +3,8 @@
 An engine takes arrays and gives arrays. On CPUs ONNX Runtime more than halves the forward pass, and an actor
 that uses it starts without the seconds that importing torch costs; on GPUs torch runs in bfloat16.
 
+Engines compose: `Scorer` puts a head behind a network, `Cascade` a gate between its early and its late stages.
+
 Axes: N images, H, W, C; D feature width; K classes.
 """
 
@@ -61,9 +63,10 @@ class TorchEngine:
     Args:
         module: Returns a tensor or a tuple of tensors.
         device: `cuda` or `cpu`.
+        compiled: Whether to run the module through torch.compile, for a batch axis of any length.
     """
 
-    def __init__(self, module: torch.nn.Module, device: str) -> None:
+    def __init__(self, module: torch.nn.Module, device: str, compiled: bool = False) -> None:
         import torch
 
         self._torch = torch
@@ -71,9 +74,14 @@ class TorchEngine:
         self._module = module.eval().to(self._device)
         if self._device.type == "cuda":
             self._module = self._module.to(memory_format=torch.channels_last)
+        self._call: Any = torch.compile(self._module, dynamic=True) if compiled else self._module
 
     def run(self, batch: Array) -> list[Array]:
         """See `Engine.run`."""
+        return self.collect(self.submit(batch))
+
+    def submit(self, batch: Array) -> list[torch.Tensor]:
+        """Start a forward pass; on a GPU it goes on while the next batch is pinned and copied."""
         torch = self._torch
         # from_numpy refuses nothing but warns about read-only memory; Ray's batches are read-only views.
         tensor = torch.from_numpy(batch if batch.flags.writeable else batch.copy())
@@ -83,10 +91,72 @@ class TorchEngine:
             torch.inference_mode(),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"),
         ):
-            outputs = self._module(tensor)
-        if isinstance(outputs, torch.Tensor):
-            outputs = (outputs,)
+            outputs = self._call(tensor)
+        return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+    def collect(self, outputs: Sequence[torch.Tensor]) -> list[Array]:
+        """Wait for a forward pass and fetch its outputs as float32."""
         return [output.float().cpu().numpy() for output in outputs]
+
+
+class Scorer:
+    """A head behind a network: pixels to scores [N] and logits [N, K]; after a cascade also its margins [N].
+
+    Args:
+        network: Gives features [N, D] and logits [N, K], and a cascade's margins [N].
+        head: Features to scores [N].
+    """
+
+    def __init__(self, network: Engine, head: Engine) -> None:
+        self._network = network
+        self._head = head
+
+    def run(self, batch: Array) -> list[Array]:
+        """See `Engine.run`; an image that the gate rejected scores minus infinity."""
+        features, logits, *margin = self._network.run(batch)
+        passed = margin[0] >= 0 if margin else np.ones(len(batch), bool)
+        scores = np.full(len(batch), -np.inf, np.float32)
+        if passed.any():
+            scores[passed] = self._head.run(features[passed])[0]
+        return [scores, logits, *margin]
+
+
+class Cascade:
+    """Early stages for every image, the rest of the network for those that a gate lets pass.
+
+    Args:
+        early: Pixels to the early stages' features [N, D'] and their last activation.
+        gate: Those features to a logit [N].
+        late: That activation, or where the graph cannot be cut the pixels, to the late features [N, D''] and logits.
+        threshold: Least logit that passes.
+        from_pixels: Whether `late` takes the pixels.
+    """
+
+    def __init__(self, early: Engine, gate: Engine, late: Engine, threshold: float, from_pixels: bool) -> None:
+        self._early = early
+        self._gate = gate
+        self._late = late
+        self._threshold = threshold
+        self._from_pixels = from_pixels
+        self._widths: list[int] | None = None
+
+    def run(self, batch: Array) -> list[Array]:
+        """Features [N, D] and logits [N, K], zero where the gate rejects; margins [N], negative there."""
+        early, *activation = self._early.run(batch)
+        margin = (self._gate.run(early)[0] - self._threshold).astype(np.float32)
+        passed = margin >= 0
+        source = batch if self._from_pixels else activation[0]
+        if self._widths is None and not passed.any():
+            # The widths of outputs that nobody has seen yet.
+            self._widths = [part.shape[1] for part in self._late.run(source[:1])]
+        late = self._late.run(source[passed]) if passed.any() else None
+        if late is not None:
+            self._widths = [part.shape[1] for part in late]
+        assert self._widths is not None
+        outputs = [np.zeros((len(batch), width), np.float32) for width in self._widths]
+        for output, part in zip(outputs, late or [], strict=False):
+            output[passed] = part
+        return [np.concatenate([early, outputs[0]], axis=1), outputs[1], margin]
 
 
 def to_onnx(
@@ -136,6 +206,26 @@ def to_onnx(
     return buffer.getvalue()
 
 
+def cut_onnx(graph: bytes, inputs: Sequence[str], outputs: Sequence[str]) -> bytes | None:
+    """The part of a graph between some of its tensors; None where those inputs do not determine the outputs.
+
+    Args:
+        graph: A serialised model.
+        inputs: Names of graph inputs or outputs that become the inputs.
+        outputs: Names of graph outputs.
+    """
+    import onnx
+    from onnx.utils import Extractor
+
+    part = Extractor(onnx.load_from_string(graph)).extract_model(list(inputs), list(outputs))
+    known = {tensor.name for tensor in [*part.graph.input, *part.graph.initializer]}
+    known |= {name for node in part.graph.node for name in node.output}
+    if any(name and name not in known for node in part.graph.node for name in node.input):
+        return None
+    content: bytes = part.SerializeToString()
+    return content
+
+
 def in_batches(engine: Engine, rows: Array, batch_size: int) -> list[Array]:
     """Run many rows through an engine.
 
@@ -147,5 +237,9 @@ def in_batches(engine: Engine, rows: Array, batch_size: int) -> list[Array]:
     Returns:
         The engine's outputs, each with first axis N.
     """
-    parts = [engine.run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    if isinstance(engine, TorchEngine):
+        parts = [engine.collect(outputs) for outputs in [engine.submit(batch) for batch in batches]]
+    else:
+        parts = [engine.run(batch) for batch in batches]
     return [np.concatenate(output) for output in zip(*parts, strict=True)]

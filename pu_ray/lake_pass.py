@@ -1,6 +1,9 @@
 """A pass over rows in shards, as a Ray Data pipeline that can be killed at any moment.
 
-read (CPU tasks, fused with `prepare`) -> transform (actor pool, loads once) -> write (CPU tasks) -> receipts.
+read and `prepare` -> transform (actor pool, loads once) -> write -> receipts. Around GPU actors reading, decoding and
+writing are tasks on other cores, so that the GPU never waits for them. A CPU actor does all of it for its own blocks:
+nothing but receipts travels, and what it made is safe before it begins the next.
+
 A receipt says which rows of which shard lie in which file. The driver adds receipts up and commits a shard to
 the ledger when all its rows are accounted for; it never sees a pixel or a feature. Blocks may be cut or joined
 by Ray as it likes: files are named by the first row they hold, so a retried task writes the same file again.
@@ -8,8 +11,11 @@ by Ray as it likes: files are named by the first row they hold, so a retried tas
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,19 +30,24 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
 
 from pu_ray import lake, schema
-from pu_ray.config import LakeConfig, PreprocessingConfig, ResourcesConfig
+from pu_ray.config import JobConfig, ResourcesConfig
 from pu_ray.errors import ClusterError, PuRayError
 from pu_ray.lake import Shard
 from pu_ray.ledger import DATA_FOLDER, Ledger, ShardEntry
 from pu_ray.progress import Progress
-from pu_ray.storage import Storage
+from pu_ray.storage import Storage, take_weather
 
 Transform = Callable[[pa.Table], pa.Table]
 
 # Waiting hours for spot capacity is not a failure (Ray's default gives up after half an hour without progress).
 _NO_PROGRESS_TIMEOUT_S = 6 * 3600
-_WRITE_CPUS = 0.25
+_TASKS_IN_FLIGHT = 4  # one at work, the others near it
+_REMOTE_CALLS = 2
 _CHUNK_BYTES = 64 * 2**20  # of decoded pixels: well below Ray's target block size, so a chunk is one block
+_LEAST_CHUNK_BYTES = 64 * 2**10  # encoded; smaller units would cost more than the images in them
+_UNITS_PER_ACTOR = 8
+_SAMPLED_SHARDS = 16  # opened at a time
+_SAMPLE_CHUNK_ROWS = 512  # a sample is drawn in units: small ones mix better
 
 _RECEIPT = pa.schema(
     [
@@ -55,23 +66,49 @@ class Unit:
 
     Attributes:
         shard: The shard they belong to.
+        first_row: Position of the first one in the shard.
         rows: How many there are.
         read: Brings them as a table with `schema.IDENTITY_COLUMNS` and `schema.ERROR`; runs on a worker.
         size_bytes: Estimate, for Ray's memory accounting.
     """
 
     shard: Shard
+    first_row: int
     rows: int
     read: Callable[[], pa.Table]
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What a pass brought.
+
+    Attributes:
+        entries: All shards, finished before or now, by path.
+        weather: Storage operations that had to be repeated, in all processes, by reason.
+    """
+
+    entries: dict[str, ShardEntry]
+    weather: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        """All rows, error rows included."""
+        return sum(entry.rows for entry in self.entries.values())
+
+    def rows_of(self, shards: Iterable[Shard]) -> int:
+        """Rows of these shards."""
+        return sum(self.entries[shard.path].rows for shard in shards if shard.path in self.entries)
+
+
 class _UnitSource(Datasource):
     """Hands units to Ray Data, one read task each."""
 
-    def __init__(self, units: Sequence[Unit]) -> None:
+    def __init__(self, units: Sequence[Unit], prepare: Transform | None, weather: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._units = units
+        self._prepare = prepare
+        self._weather = weather
 
     def get_name(self) -> str:
         return "Lake"
@@ -84,7 +121,7 @@ class _UnitSource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                _Read(unit.read),
+                _Read(unit.read, self._prepare, self._weather),
                 BlockMetadata(num_rows=unit.rows, size_bytes=unit.size_bytes, exec_stats=None),
                 per_task_row_limit=per_task_row_limit,
             )
@@ -95,20 +132,53 @@ class _UnitSource(Datasource):
 @dataclass(frozen=True)
 class _Read:
     read: Callable[[], pa.Table]
+    prepare: Transform | None
+    weather: Any
 
     def __call__(self) -> Iterable[pa.Table]:
-        return [self.read()]
+        # Not a stage of its own: Ray would hand the rows over once more.
+        with _reporting(self.weather):
+            table = self.read()
+            return [table if self.prepare is None else self.prepare(table)]
+
+
+class _Weather:
+    """Adds up the storage retries of all processes; they are rare, so nobody queues here."""
+
+    def __init__(self) -> None:
+        self._retries: Counter[str] = Counter()
+
+    def add(self, retries: Mapping[str, int]) -> None:
+        self._retries.update(retries)
+
+    def total(self) -> dict[str, int]:
+        return dict(self._retries)
+
+
+@contextmanager
+def _reporting(weather: Any) -> Iterator[None]:
+    """Tell the driver about the storage retries of a task, whether it succeeds or not."""
+    try:
+        yield
+    finally:
+        if retries := take_weather():
+            weather.add.remote(retries)
 
 
 class _Writer:
     """Writes a block's rows, one file per shard, and returns receipts."""
 
-    def __init__(self, storage: Storage, keys: Mapping[str, str], row_group_rows: int) -> None:
+    def __init__(self, storage: Storage, keys: Mapping[str, str], row_group_rows: int, weather: Any) -> None:
         self._storage = storage
         self._keys = keys
         self._row_group_rows = row_group_rows
+        self._weather = weather
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        with _reporting(self._weather):
+            return self._write(block)
+
+    def _write(self, block: pa.Table) -> pa.Table:
         receipts = []
         for shard in pc.unique(block[schema.SHARD]).to_pylist():
             rows = block.filter(pc.equal(block[schema.SHARD], shard)).sort_by(schema.ROW)
@@ -128,12 +198,12 @@ def run(
     ledger: Ledger,
     finished: Mapping[str, ShardEntry],
     prepare: Transform | None,
-    actor: type[Any] | None,
+    actor: Callable[..., Transform] | None,
     actor_arguments: Mapping[str, Any],
     resources: ResourcesConfig,
     progress: Progress,
     row_group_rows: int = 1024,
-) -> dict[str, ShardEntry]:
+) -> Passed:
     """Bring every unfinished unit through the pipeline.
 
     Args:
@@ -144,26 +214,28 @@ def run(
         prepare: Runs in the read task, for example decoding.
         actor: Its instances are callables from table to table, one row out for each row in; None: rows pass.
         actor_arguments: Keyword arguments of its constructor.
-        resources: Pool sizes and CPUs.
+        resources: Pool sizes, CPUs and memory.
         progress: Advanced by rows.
         row_group_rows: Of the written Parquet files.
-
-    Returns:
-        Entries of all shards, finished before or now.
 
     Raises:
         DataError: Raised by a reader or an actor.
         ClusterError: Rows were lost or doubled, which must never be published.
     """
     entries = dict(finished)
+    take_weather()  # of earlier stages
     shards = {unit.shard.path: unit.shard for unit in units}
     expected: Counter[str] = Counter()
     for unit in units:
         expected[unit.shard.path] += unit.rows
     progress.start(sum(expected.values()), "images")
     if not units:
-        return entries
-    dataset = _pipeline(units, storage, shards, prepare, actor, actor_arguments, resources, row_group_rows)
+        return Passed(entries, {})
+    weather: Any = ray.remote(num_cpus=0)(_Weather).remote()
+    source = _UnitSource(units, prepare, weather)
+    keys = {path: shard.key for path, shard in shards.items()}
+    writer = _Writer(storage, keys, row_group_rows, weather)
+    dataset = _pipeline(source, len(units), actor, actor_arguments, writer, resources, storage.is_local)
     open_entries = {path: ShardEntry(path, shard.fingerprint) for path, shard in shards.items()}
     sizes: dict[str, int] = {}
     for receipt in _receipts(dataset):
@@ -185,45 +257,62 @@ def run(
             got=f"{unbalanced[0].rows} rows ({len(unbalanced)} shards differ)",
             hint="run the same command again: finished shards are kept, these are redone",
         )
-    return entries
+    return Passed(entries, dict(Counter(ray.get(weather.total.remote())) + Counter(take_weather())))
 
 
 def _pipeline(
-    units: Sequence[Unit],
-    storage: Storage,
-    shards: Mapping[str, Shard],
-    prepare: Transform | None,
-    actor: type[Any] | None,
+    source: _UnitSource,
+    units: int,
+    actor: Callable[..., Transform] | None,
     actor_arguments: Mapping[str, Any],
+    writer: _Writer,
     resources: ResourcesConfig,
-    row_group_rows: int,
+    local: bool,
 ) -> ray.data.Dataset:
     context = DataContext.get_current()
     context.execution_options.resource_limits = ExecutionResources()
     context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
-    embed = resources.embed
-    dataset = ray.data.read_datasource(
-        _UnitSource(units), override_num_blocks=len(units), num_cpus=resources.decode.cpus
+    embed, decode = resources.embed, resources.decode
+    dataset: ray.data.Dataset = ray.data.read_datasource(
+        source, override_num_blocks=units, num_cpus=decode.cpus, memory=decode.memory_gib * 2**30
     )
     whole_block: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    if prepare is not None:
-        dataset = dataset.map_batches(prepare, num_cpus=resources.decode.cpus, **whole_block)
+    alone = actor is not None and embed.gpus == 0
     if actor is not None:
+        together = {"open_actor": partial(actor, **actor_arguments), "writer": writer}
         dataset = dataset.map_batches(
-            actor,
-            fn_constructor_kwargs=dict(actor_arguments),
+            _WritingActor if alone else actor,
+            fn_constructor_kwargs=together if alone else dict(actor_arguments),
             compute=ActorPoolStrategy(
-                min_size=min(embed.min_actors, len(units)), max_size=embed.max_actors, max_tasks_in_flight_per_actor=4
+                min_size=min(embed.min_actors, units),
+                max_size=embed.max_actors,
+                max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
+                # A CPU actor that waits for a remote storage works on another block meanwhile.
+                max_concurrent_calls_per_actor=_REMOTE_CALLS if alone and not local else 1,
             ),
             num_cpus=embed.cpus,
             num_gpus=embed.gpus or None,
             memory=embed.memory_gib * 2**30,
             **whole_block,
         )
-    keys = {path: shard.key for path, shard in shards.items()}
-    write = _Writer(storage, keys, row_group_rows).__call__
-    written: ray.data.Dataset = dataset.map_batches(write, num_cpus=_WRITE_CPUS, **whole_block)
+    if alone:
+        return dataset
+    write = resources.write
+    written: ray.data.Dataset = dataset.map_batches(
+        writer.__call__, num_cpus=write.cpus, memory=write.memory_gib * 2**30, **whole_block
+    )
     return written
+
+
+class _WritingActor:
+    """An actor that writes what it made, and returns the receipts."""
+
+    def __init__(self, open_actor: Callable[[], Transform], writer: _Writer) -> None:
+        self._transform = open_actor()
+        self._writer = writer
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return self._writer(self._transform(block))
 
 
 def _receipts(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
@@ -242,11 +331,59 @@ def _receipts(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         raise
 
 
-def lake_units(lake_config: LakeConfig, shards: Sequence[Shard], preprocessing: PreprocessingConfig) -> list[Unit]:
-    """Units that read encoded images; small enough that decoded they stay below `_CHUNK_BYTES`."""
+def lake_units(
+    config: JobConfig, lake_shards: Sequence[Shard], todo: Sequence[Shard], chunk_rows: int | None = None
+) -> list[Unit]:
+    """Units that read encoded images, sized for the pool and for memory.
+
+    Decoded they stay below `_CHUNK_BYTES`. A lake that is small for the pool is cut finer, so that every actor has
+    several; the cut depends on the whole lake and never on what is left to do, so that a resumed pass makes the very
+    rows an undisturbed one would have made.
+
+    Args:
+        config: The job.
+        lake_shards: All shards of the lake.
+        todo: Those to read.
+        chunk_rows: Most rows of a unit; None: `lake.chunk_rows`.
+    """
+    preprocessing = config.teacher.preprocessing
     pixels_per_image = preprocessing.size_px**2 * preprocessing.channels
-    chunk_rows = max(1, min(lake_config.chunk_rows, _CHUNK_BYTES // pixels_per_image))
+    rows = max(1, min(chunk_rows or config.lake.chunk_rows, _CHUNK_BYTES // pixels_per_image))
+    lake_bytes = sum(shard.size_bytes for shard in lake_shards)
+    share = math.ceil(lake_bytes / (_UNITS_PER_ACTOR * config.resources.embed.max_actors))
+    chunks = lake.plan_chunks(config.lake, todo, rows, chunk_bytes=max(share, _LEAST_CHUNK_BYTES))
+    # Where the actors decode, blocks hold encoded bytes; the estimate stays on the safe side.
     return [
-        Unit(chunk.shard, chunk.rows, partial(lake.read_chunk, lake_config.uri, chunk), chunk.rows * pixels_per_image)
-        for chunk in lake.plan_chunks(lake_config, shards, chunk_rows)
+        Unit(
+            chunk.shard,
+            chunk.first_row,
+            chunk.rows,
+            partial(lake.read_chunk, config.lake.uri, chunk),
+            chunk.rows * pixels_per_image,
+        )
+        for chunk in chunks
     ]
+
+
+def sample_units(config: JobConfig, shards: Sequence[Shard], rows: int) -> list[Unit]:
+    """Units drawn at random, by seed, that hold about `rows` rows; few shards of a large lake are opened for it."""
+
+    def rank(*place: object) -> bytes:
+        text = "/".join(map(str, place)).encode()
+        return hashlib.blake2b(text, digest_size=8, key=config.seed.to_bytes(8, "big")).digest()
+
+    drawn: list[Unit] = []
+    ordered = sorted(shards, key=lambda shard: rank(shard.path))
+    for start in range(0, len(ordered), _SAMPLED_SHARDS):
+        # From twice the rows, so that no shard need be taken whole.
+        if sum(unit.rows for unit in drawn) >= 2 * rows:
+            break
+        drawn += lake_units(config, shards, ordered[start : start + _SAMPLED_SHARDS], _SAMPLE_CHUNK_ROWS)
+    drawn.sort(key=lambda unit: rank(unit.shard.path, unit.first_row))
+    taken, held = [], 0
+    for unit in drawn:
+        if held >= rows:
+            break
+        taken.append(unit)
+        held += unit.rows
+    return taken

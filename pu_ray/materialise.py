@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pu_ray import config as settings_of
 from pu_ray import lake, lake_pass, ledger, manifest, schema
@@ -48,16 +48,19 @@ def read_chosen(lake_uri: str, chunk: Chunk, chosen: pa.Table) -> pa.Table:
 
 
 def _units(config: JobConfig, chosen: pa.Table, shards: Mapping[str, lake.Shard]) -> list[Unit]:
+    by_place = chosen.sort_by([(schema.SHARD, "ascending"), (schema.ROW, "ascending")])
+    paths, rows = by_place[schema.SHARD].to_numpy(zero_copy_only=False), by_place[schema.ROW].to_numpy()
+    bounds = {path: (np.searchsorted(paths, path, "left"), np.searchsorted(paths, path, "right")) for path in shards}
     units = []
     for chunk in lake.plan_chunks(config.lake, list(shards.values()), config.lake.chunk_rows):
-        rows = chosen.filter(pc.equal(chosen[schema.SHARD], chunk.shard.path))
-        positions = rows[schema.ROW].to_numpy()
-        inside = (positions >= chunk.first_row) & (positions < chunk.first_row + chunk.rows)
-        if inside.any():
-            rows = rows.filter(pa.array(inside)).sort_by(schema.ROW)
-            read = partial(read_chosen, config.lake.uri, chunk, rows)
+        start, stop = bounds[chunk.shard.path]
+        first, last = start + np.searchsorted(rows[start:stop], [chunk.first_row, chunk.first_row + chunk.rows])
+        if first < last:
+            part = by_place.slice(first, last - first)
+            read = partial(read_chosen, config.lake.uri, chunk, part)
             mean_bytes = chunk.shard.size_bytes // max(chunk.rows, 1)
-            units.append(Unit(chunk.shard, rows.num_rows, read, int(rows.num_rows * mean_bytes)))
+            row = int(rows[first])
+            units.append(Unit(chunk.shard, row, part.num_rows, read, int(part.num_rows * mean_bytes)))
     return units
 
 
@@ -81,7 +84,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     records = ledger.Ledger(target, settings_of.digest({"selection": inputs["select"]}))
     finished = records.finished(shards.values())
     todo = {path: shard for path, shard in shards.items() if path not in finished}
-    entries = lake_pass.run(
+    passed = lake_pass.run(
         _units(config, chosen, todo),
         storage=target,
         ledger=records,
@@ -93,5 +96,9 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         progress=progress,
         row_group_rows=_ROW_GROUP_ROWS,
     )
-    ledger.write_index(target, entries)
-    return publication.publish(target, counts={"rows": chosen.num_rows, "shards": len(shards)}, facts={})
+    ledger.write_index(target, passed.entries)
+    return publication.publish(
+        target,
+        counts={"rows": chosen.num_rows, "shards": len(shards)},
+        facts={"storage_retries": passed.weather},
+    )

@@ -275,11 +275,91 @@ class TappedNetwork(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, D] and logits [N, K]."""
-        logits_NK = self.network(x_NCHW)
-        channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")  # timm's word for it
-        pooled = [_pool(self._taps[name], channels_last) for name in self.stages]
-        self._taps.clear()
+        pooled, logits_NK, _ = self.observe(x_NCHW)
         return torch.cat(pooled, dim=1), logits_NK
+
+    def observe(self, x_NCHW: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """Pooled features of each stage, logits [N, K], and each stage's output as it is."""
+        logits_NK = self.network(x_NCHW)
+        outputs = [self._taps[name] for name in self.stages]
+        self._taps.clear()
+        channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")  # timm's word for it
+        return [_pool(output, channels_last) for output in outputs], logits_NK, outputs
+
+
+class StagedTeacher(nn.Module):
+    """The frozen teacher with a seam: what comes before the cascade's gate, and what comes after.
+
+    Args:
+        teacher: The whole.
+        early: How many stages come before the gate.
+
+    Raises:
+        ConfigError: There are no stages left for after it.
+    """
+
+    def __init__(self, teacher: Teacher, early: int) -> None:
+        super().__init__()
+        stages = teacher.tapped.stages
+        if not 0 < early < len(stages):
+            raise ConfigError(
+                "the gate must leave some stages to spare",
+                where="features.cascade_stages",
+                allowed=f"1 to {len(stages) - 1}, for the stages {', '.join(stages)}",
+                got=str(early),
+            )
+        self.teacher = teacher
+        self._early = early
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Early features [N, D'], the last early activation, late features [N, D''], logits [N, K]."""
+        pooled, logits_NK, outputs = self.teacher.tapped.observe(x_NCHW)
+        early, late = pooled[: self._early], pooled[self._early :]
+        return torch.cat(early, dim=1), outputs[self._early - 1], torch.cat(late, dim=1), logits_NK
+
+
+class LateStages(nn.Module):
+    """The features after the seam, computed from the images: for networks whose graph is not cut."""
+
+    def __init__(self, teacher: Teacher, early: int) -> None:
+        super().__init__()
+        self.staged = StagedTeacher(teacher, early)
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Late features [N, D''] and logits [N, K]."""
+        _, _, late_ND, logits_NK = self.staged(x_NCHW)
+        return late_ND, logits_NK
+
+
+class EarlyStages(nn.Module):
+    """The first stages of a teacher and nothing after them: pooled features [N, D'].
+
+    Raises:
+        ConfigError: The network cannot be traced, so that its late stages cannot be left out.
+    """
+
+    def __init__(self, teacher: Teacher, early: int) -> None:
+        super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        tapped = teacher.tapped
+        names = tapped.stages[:early]
+        try:
+            self.network: nn.Module = create_feature_extractor(tapped.network, return_nodes=list(names))
+        except Exception as error:  # torch.fx raises whatever the network's own code raises while it is traced
+            raise ConfigError(
+                "the late stages of this network cannot be left out",
+                where="features.cascade",
+                got=str(error).partition("\n")[0],
+                hint="set features.engine to onnx, or features.cascade to false",
+            ) from error
+        self._names = names
+        self._channels_last = str(getattr(tapped.network, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Features [N, D']."""
+        outputs = self.network(x_NCHW)
+        return torch.cat([_pool(outputs[name], self._channels_last) for name in self._names], dim=1)
 
 
 def find_stages(network: nn.Module) -> tuple[str, ...]:
@@ -347,9 +427,11 @@ class Normalised(nn.Module):
 
     def forward(self, pixels_NHWC: Tensor) -> Any:
         """The network's outputs for uint8 [N, H, W, C]."""
-        # Explicitly NCHW in memory: with the permuted layout torch 2.15 corrupts its heap in the backward pass of
-        # narrow convolutions on one CPU thread (docs/LOG.md).
-        x_NCHW = pixels_NHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        # On a GPU the pixels' own layout is what channels_last kernels want. On a CPU explicitly NCHW in memory: with
+        # the permuted layout torch 2.15 corrupts its heap in the backward pass of narrow convolutions on one thread
+        # (docs/LOG.md).
+        layout = torch.channels_last if pixels_NHWC.is_cuda else torch.contiguous_format
+        x_NCHW = pixels_NHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
         return self.network((x_NCHW - self.mean) * self.scale)
 
 

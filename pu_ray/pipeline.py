@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from pu_ray import config as settings_of
-from pu_ray import gate, manifest
+from pu_ray import gate, lease, manifest
 from pu_ray.config import JobConfig
 from pu_ray.errors import ConfigError, DataError
 from pu_ray.manifest import Manifest
@@ -25,6 +25,7 @@ from pu_ray.storage import Storage, sha256_of
 
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
+_BASE_FILE = "_lake.parquet"  # hidden from listings: the pipeline's own memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Step:
         outside: Outside sources it reads, see `Sources`.
         sections: Dotted parts of the configuration it reads.
         needs_ray: Whether `run` needs a running Ray.
+        only_if: Dotted setting without which the step does not exist.
+        growing: Steps it reads whose result may grow with the lake without outdating its own: `lake_base` tells.
     """
 
     name: str
@@ -50,24 +53,49 @@ class Step:
     outside: tuple[str, ...]
     sections: tuple[str, ...]
     needs_ray: bool = False
+    only_if: str | None = None
+    growing: tuple[str, ...] = ()
 
 
 _NETWORKS = ("teacher.architecture", "teacher.options", "teacher.preprocessing", "teacher.stages")
 
+# What determines the pixels that a network sees.
+_IMAGES = ("lake.max_image_bytes", "lake.max_image_px", "lake.scaled_decode")
+# What determines a feature row; where runs share rows (features.cache_uri) is no part of it.
+_FEATURES = tuple(f"features.{name}" for name in ("engine", "batch_size", "compile", "cache", "cascade"))
+
 STEPS = (
+    Step(
+        "cascade",
+        "features",
+        "cascade",
+        "pu_ray.pu.cascade",
+        upstream=(),
+        outside=("teacher", "labeled", "lake_base"),
+        sections=(
+            *_NETWORKS,
+            *_IMAGES,
+            "scorer.split",
+            "features.cascade_stages",
+            "features.cascade_recall",
+            "features.cascade_sample",
+        ),
+        only_if="features.cascade",
+    ),
     Step(
         "features",
         "features",
         "features",
         "pu_ray.features",
-        upstream=(),
+        upstream=("cascade",),
         outside=("teacher", "lake"),
         sections=(
             *_NETWORKS,
-            "lake.max_image_bytes",
-            "lake.max_image_px",
+            *_IMAGES,
+            *_FEATURES,
             "lake.max_error_share",
-            "features",
+            "lake.min_scaled_agreement",
+            "scorer.unlabeled_sample",
             "resources.embed.gpus",
         ),
         needs_ray=True,
@@ -77,18 +105,28 @@ STEPS = (
         "fit",
         "scorer",
         "pu_ray.pu.fit",
-        upstream=("features",),
-        outside=("teacher", "labeled"),
-        sections=(*_NETWORKS, "scorer", "selection.rule", "selection.recall", "selection.confidence"),
+        upstream=("cascade", "features"),
+        outside=("teacher", "labeled", "lake_base"),
+        sections=(
+            *_NETWORKS,
+            *_IMAGES,
+            *_FEATURES,
+            "resources.embed.gpus",
+            "scorer",
+            "selection.rule",
+            "selection.recall",
+            "selection.confidence",
+        ),
+        growing=("features",),
     ),
     Step(
         "score",
         "score",
         "scores",
         "pu_ray.score",
-        upstream=("features", "fit"),
+        upstream=("cascade", "features", "fit"),
         outside=("teacher", "lake"),
-        sections=("scorer.features",),
+        sections=("scorer.features", "features.cache"),
         needs_ray=True,
     ),
     Step(
@@ -142,8 +180,8 @@ STEPS = (
 VERBS = tuple(dict.fromkeys(step.verb for step in STEPS))
 
 # A control is the same job with another choice of images: it shares what comes before the choice.
-_SHARED_WITH_CONTROLS = ("features", "scorer", "scores")
-_SHARED_STEPS = ("features", "fit", "score")
+_SHARED_WITH_CONTROLS = ("cascade", "features", "scorer", "scores")
+_SHARED_STEPS = ("cascade", "features", "fit", "score")
 _CONTROL_STEPS = ("select", "materialise", "distill", "evaluate")
 
 
@@ -158,10 +196,16 @@ class _ControlStorage(Storage):
 
 
 class Sources:
-    """Fingerprints of what lies outside the run's folder; each is taken once."""
+    """Fingerprints of what lies outside the run's folder; each is taken once.
 
-    def __init__(self, job: JobConfig) -> None:
+    Args:
+        job: The job.
+        found: Is told how many files of the lake have been listed, now and then.
+    """
+
+    def __init__(self, job: JobConfig, found: Callable[[int], None] | None = None) -> None:
         self._job = job
+        self._found = found
 
     def __getitem__(self, name: str) -> str:
         value: str = getattr(self, name)
@@ -177,11 +221,39 @@ class Sources:
         return settings_of.digest(contents)
 
     @cached_property
-    def lake(self) -> str:
-        """Listing of the lake's shards."""
+    def _shards(self) -> dict[str, str]:
         from pu_ray import lake
 
-        return lake.fingerprint(lake.list_shards(self._job.lake))
+        return {shard.path: shard.fingerprint for shard in lake.list_shards(self._job.lake, self._found)}
+
+    @property
+    def lake(self) -> str:
+        """Listing of the lake's shards."""
+        return settings_of.digest(sorted(self._shards.items()))
+
+    @cached_property
+    def lake_base(self) -> str:
+        """Listing of the lake that scorer and gate were fitted on.
+
+        It stays what it was while all of it is still there: a lake that only grew needs no new fit. One that lost or
+        changed a shard is another lake.
+        """
+        present = self._shards
+        storage = Storage(self._job.output)
+        if self._job.scorer.on_new_shards == "keep" and storage.kind(_BASE_FILE) == "file":
+            table = storage.read_table(_BASE_FILE)
+            base = dict(zip(table["shard"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
+            if base.items() <= present.items():
+                return settings_of.digest(sorted(base.items()))
+        return self.lake
+
+    def remember_lake(self) -> None:
+        """Keep today's listing as the base of what is fitted now, unless an earlier one still is it."""
+        if self.lake_base == self.lake:
+            import pyarrow as pa
+
+            listing = {"shard": list(self._shards), "fingerprint": list(self._shards.values())}
+            Storage(self._job.output).write_table(_BASE_FILE, pa.table(listing))
 
     @cached_property
     def labeled(self) -> str:
@@ -209,6 +281,11 @@ class Sources:
 Known = Mapping[str, tuple[str, dict[str, str]]]
 
 
+def steps_of(job: JobConfig) -> tuple[Step, ...]:
+    """The steps that this job has, in their order."""
+    return tuple(step for step in STEPS if step.only_if is None or job.section(step.only_if))
+
+
 def identities(job: JobConfig, sources: Sources, shared: Known | None = None) -> Known:
     """Identity and inputs of every step, by name.
 
@@ -218,9 +295,12 @@ def identities(job: JobConfig, sources: Sources, shared: Known | None = None) ->
         shared: Steps whose results another job provides.
     """
     result = dict(shared or {})
-    for step in STEPS:
+    for step in steps_of(job):
         if step.name not in result:
-            inputs = {name: sources[name] for name in step.outside} | {name: result[name][0] for name in step.upstream}
+            # Without a cache the features are a sample for the fit, and as good as ever when the lake grows.
+            sampled = step.name == "features" and not job.features.cache
+            inputs = {name: sources["lake_base" if sampled and name == "lake" else name] for name in step.outside}
+            inputs |= {name: result[name][0] for name in step.upstream if name in result and name not in step.growing}
             settings = {path: job.section(path) for path in step.sections}
             result[step.name] = (manifest.identity(step.name, settings, inputs, job.seed), inputs)
     return result
@@ -242,11 +322,13 @@ class Pipeline:
     def __init__(self, job: JobConfig, narrator: Narrator, session: SessionFactory) -> None:
         self.job = job = with_absolute_paths(job)
         self.storage = Storage(job.output)
+        self._steps = steps_of(job)
         self._narrator = narrator
         self._session = session
-        self._sources = Sources(job)
+        self._sources = Sources(job, lambda files: narrator.say(f"  listing the lake: {files:,} files so far"))
         self._stack = ExitStack()
         self._ray_is_up = False
+        self._lease: lease.Lease | None = None
 
     def run(self) -> dict[str, Any]:
         """The whole chain; finished stages are skipped.
@@ -256,15 +338,18 @@ class Pipeline:
 
         Raises:
             GateError: The student failed its gate; the report is there, an export is not.
+            ClusterError: Another run is at work on this output.
         """
         with self._stack:
             check_paths(self.job)
+            self._begin("run")
             known = identities(self.job, self._sources)
+            self._sources.remember_lake()
             worked = False
             if not self._all_current(known):
                 check_networks(self.job)
             verdict: Manifest | None = None
-            for step in STEPS:
+            for step in self._steps:
                 if step.name == "export":
                     worked |= self._run_controls()
                     verdict = manifest.require(self.storage.child("evaluation"), "evaluate")
@@ -283,17 +368,24 @@ class Pipeline:
 
         Raises:
             DataError: An earlier stage is missing or out of date; names the command that mends it.
+            ClusterError: Another run is at work on this output.
         """
         with self._stack:
             check_paths(self.job)
+            self._begin(verb)
             known = identities(self.job, self._sources)
-            steps = [step for step in STEPS if step.verb == verb]
+            self._sources.remember_lake()
+            steps = [step for step in self._steps if step.verb == verb]
             check_networks(self.job)
             own = {step.name for step in steps}
             for step in steps:
-                for name in step.upstream:
-                    needed = next(other for other in STEPS if other.name == name)
-                    if name not in own and not manifest.is_current(self.storage.child(needed.folder), known[name][0]):
+                for needed in self._steps:
+                    name = needed.name
+                    if (
+                        name in step.upstream
+                        and name not in own
+                        and not manifest.is_current(self.storage.child(needed.folder), known[name][0])
+                    ):
                         raise DataError(
                             f"`{verb}` needs the result of `{needed.verb}`, which is missing or out of date",
                             where=str(self.storage.child(needed.folder)),
@@ -311,8 +403,13 @@ class Pipeline:
 
     # -- inside --------------------------------------------------------------------------------------------
 
+    def _begin(self, what: str) -> None:
+        """Keep other runs away from the output until the end."""
+        held = lease.hold(self.storage, f"{what} of job {self.job.name}", note=self._narrator.say)
+        self._lease = self._stack.enter_context(held)
+
     def _all_current(self, known: Known) -> bool:
-        return all(manifest.is_current(self.storage.child(step.folder), known[step.name][0]) for step in STEPS)
+        return all(manifest.is_current(self.storage.child(step.folder), known[step.name][0]) for step in self._steps)
 
     def _run_step(
         self,
@@ -329,6 +426,8 @@ class Pipeline:
         if step.name == "export":
             # Before anything is touched: an earlier, better student stays exported.
             gate.require(manifest.require(storage.child("evaluation"), "evaluate"), str(storage.child("evaluation")))
+        if self._lease is not None:
+            self._lease.check()
         if step.needs_ray and not self._ray_is_up:
             self._narrator.say("starting Ray")
             self._stack.enter_context(self._session())
@@ -348,7 +447,8 @@ class Pipeline:
         job = control_job(self.job, control, chosen)
         storage = _ControlStorage(f"{self.storage.uri}/controls/{control}", shared=self.storage)
         main = identities(self.job, self._sources)
-        return job, storage, identities(job, self._sources, shared={name: main[name] for name in _SHARED_STEPS})
+        shared = {name: main[name] for name in _SHARED_STEPS if name in main}
+        return job, storage, identities(job, self._sources, shared)
 
     def _run_controls(self) -> bool:
         worked = False
@@ -373,7 +473,7 @@ class Pipeline:
         from pu_ray import report
 
         # What an earlier configuration made is not reported as this one's.
-        found = {step.name: manifest.read(self.storage.child(step.folder)) for step in STEPS}
+        found = {step.name: manifest.read(self.storage.child(step.folder)) for step in self._steps}
         current = {
             name: document for name, document in found.items() if document and document.identity == known[name][0]
         }
@@ -386,7 +486,7 @@ class Pipeline:
                 return present
         evaluation = self.job.evaluation.model_copy(update={"controls": tuple(controls)})
         job = self.job.model_copy(update={"evaluation": evaluation})
-        summary = report.summarise(job, self.storage, current, len(STEPS)) | {"identity": identity}
+        summary = report.summarise(job, self.storage, current, len(self._steps)) | {"identity": identity}
         self.storage.write_bytes(REPORT_FILE, report.render(self.job, self.storage, summary).encode())
         self.storage.write_json(SUMMARY_FILE, summary)
         return summary
@@ -427,13 +527,13 @@ def check_paths(job: JobConfig) -> None:
         "teacher.classes": (job.teacher.classes, "file"),
         "labeled.uri": (job.labeled.uri, "folder"),
         "test.uri": (job.test.uri, "folder"),
-        "lake.uri": (job.lake.uri, "folder"),
+        "lake.uri": (job.lake.uri, "folder or file"),
     }
     if job.lake.truth is not None:
         places["lake.truth"] = (job.lake.truth, "file")
     for setting, (uri, wanted) in places.items():
         found = Storage(uri).kind()
-        if found != wanted:
+        if found not in wanted.split(" or "):
             raise ConfigError(
                 f"there is no such {wanted}",
                 where=setting,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,18 +43,23 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
         stages: How many there are in all.
     """
     summary: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "seed": job.seed, "stages_done": list(done)}
-    if features := done.get("features"):
+    # Without a feature cache only the scores know the whole lake.
+    features, scored = done.get("features"), done.get("score")
+    if (whole := features if features and features.facts["whole_lake"] else scored) is not None:
         summary |= {
-            "lake_rows": features.counts["rows"],
-            "error_rows": features.counts["errors"],
-            "errors": features.facts["errors"],
+            "lake_rows": whole.counts["rows"],
+            "error_rows": whole.counts["errors"],
+            "errors": whole.facts["errors"],
         }
+    if gate := done.get("cascade"):
+        summary["cascade"] = _cascade(gate, features)
+    summary["storage_retries"] = _storage_retries(done)
     if fitted := done.get("fit"):
         prior = fitted.facts["prior"]
         summary["prior"] = {key: prior[key] for key in ("estimate", "low", "high", "is_upper_bound", "source")}
         summary["labeled_rows"] = fitted.counts["labeled"]
         summary["proxy_auc"] = fitted.facts["proxy_auc"]
-    if scored := done.get("score"):
+    if scored is not None:
         summary["scored_rows"] = scored.counts["rows"] - scored.counts["errors"]
     if selected := done.get("select"):
         promise = selected.facts["promise"]
@@ -81,6 +87,23 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
     summary["verdict"] = _verdict(done, stages)
     summary["example_image"] = _example_image(job)
     return summary
+
+
+def _cascade(gate: Manifest, features: Manifest | None) -> dict[str, Any]:
+    """What the gate saved, and what it lost of the labeled images that nothing was fitted on."""
+    counts = gate.counts
+    saved: dict[str, Any] = {"stages": gate.facts["stages"], "passing_share": gate.facts["passing_share"]}
+    if features is not None and "spared" in features.counts:
+        saved |= {"rows": features.counts["rows"], "spared": features.counts["spared"]}
+    return saved | {"positives_checked": counts["calibrate"], "positives_lost": counts["calibrate_lost"]}
+
+
+def _storage_retries(done: Mapping[str, Manifest]) -> dict[str, int]:
+    """Storage operations that had to be repeated, by reason, over all stages that keep count."""
+    total: Counter[str] = Counter()
+    for document in done.values():
+        total.update(document.facts.get("storage_retries", {}))
+    return dict(total)
 
 
 def _images_done(done: Mapping[str, Manifest]) -> dict[str, int]:
@@ -165,7 +188,17 @@ def render(job: JobConfig, storage: Storage, summary: Mapping[str, Any]) -> str:
         evaluated=evaluated.facts if evaluated else None,
         lineage=[
             (name, document)
-            for name in ("features", "scorer", "scores", "selection", "mined", "student", "evaluation", "exported")
+            for name in (
+                "cascade",
+                "features",
+                "scorer",
+                "scores",
+                "selection",
+                "mined",
+                "student",
+                "evaluation",
+                "exported",
+            )
             if (document := manifest.read(storage.child(name))) is not None
         ],
     )
@@ -205,6 +238,7 @@ def _plot(draw: Any, width: float = 7.2, height: float = 2.6) -> str:
 def _score_plot(storage: Storage, summary: Mapping[str, Any]) -> str:
     scorer = storage.child("scorer")
     positive = scorer.read_table("calibration.parquet")[schema.SCORE].to_numpy()
+    positive = positive[np.isfinite(positive)]  # the others were rejected by the cascade's gate
     unlabeled = scorer.read_table("unlabeled.parquet")[schema.SCORE].to_numpy()
     low, high = np.quantile(np.r_[positive, unlabeled], [0.001, 0.999])
     bins = np.linspace(low, high, 60)
@@ -270,7 +304,8 @@ def _sheets(job: JobConfig, storage: Storage, classes: Sequence[str]) -> list[tu
     columns = [schema.SCORE, schema.PREDICTED, schema.ORDER, schema.BYTES]
     table = pa.concat_tables(mined.read_table(file, columns) for file in ledger.data_files(mined))
     sheets = []
-    for k in np.unique(table[schema.PREDICTED].to_numpy())[:_MOST_CLASSES]:
+    classified = np.unique(table[schema.PREDICTED].to_numpy())
+    for k in classified[classified != schema.NO_CLASS][:_MOST_CLASSES]:
         rows = table.filter(pc.equal(table[schema.PREDICTED], int(k))).sort_by(
             [(schema.SCORE, "descending"), (schema.ORDER, "ascending")]
         )

@@ -1,12 +1,14 @@
 """Stage `score`: one PU logit for every image of the lake (paper, section 3.1).
 
-With a frozen scorer this reads `features/` and never the lake; with a fine-tuned one it streams the lake through the
-scorer and the teacher. Scoring has no randomness. Writes `scores/`: data/*.parquet, ledger/, index.parquet.
+A frozen scorer on cached features reads `features/` and never the lake. Without the cache, or with a fine-tuned
+scorer, the lake's images go through the networks here. Scoring has no randomness. Writes `scores/`: data/*.parquet,
+ledger/, index.parquet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from pu_ray import config as settings_of
-from pu_ray import engine, images, lake, lake_pass, ledger, manifest, schema
+from pu_ray import embedding, engine, images, lake, lake_pass, ledger, manifest, schema
 from pu_ray.config import JobConfig, PreprocessingConfig
+from pu_ray.embedding import Decode, broken_rows
 from pu_ray.engine import Engine
 from pu_ray.errors import ClusterError
 from pu_ray.lake import Shard
@@ -28,24 +31,33 @@ FOLDER = "scores"
 _SCORER_FILE = "scorer.onnx"
 
 
-def answer(block: pa.Table, scores: Any, logits: Any, broken: Any) -> pa.Table:
+def answer(block: pa.Table, scores: Any, logits: Any, broken: Any, thumbnails: pa.Array | None = None) -> pa.Table:
     """Rows of `schema.scores` from a scorer's and the teacher's outputs.
 
     Args:
         block: Source of identity and error columns.
-        scores: float [M], for the M rows that are not broken.
-        logits: float [M, K] of the teacher.
+        scores: float [M], for the M rows that are not broken; minus infinity where the cascade's gate rejected.
+        logits: float [M, K] of the teacher; arbitrary for rejected rows.
         broken: bool [N]; broken rows get nulls.
+        thumbnails: To keep, where no feature cache does.
     """
     usable = ~broken
+    scores = np.asarray(scores, np.float32)
+    spared = np.isneginf(scores)
     shifted = logits - logits.max(axis=1, keepdims=True)
-    confidence = 1 / np.exp(shifted).sum(axis=1)
+    confidence = np.where(spared, 0.0, 1 / np.exp(shifted).sum(axis=1))
+    predicted = np.where(spared, schema.NO_CLASS, logits.argmax(axis=1))
     columns = [block[name].combine_chunks() for name in schema.IDENTITY_COLUMNS]
-    for values, kind in ((scores, np.float32), (logits.argmax(axis=1), np.int32), (confidence, np.float32)):
+    for values, kind in ((scores, np.float32), (predicted, np.int32), (confidence, np.float32)):
         full = np.zeros(len(broken), kind)
         full[usable] = values
         columns.append(pa.array(full, mask=broken))
-    return pa.table([*columns, block[schema.ERROR]], schema=schema.scores())
+    if thumbnails is not None:
+        columns.append(thumbnails)
+    return pa.table([*columns, block[schema.ERROR]], schema=schema.scores(thumbnails is not None))
+
+
+# -- the actors --------------------------------------------------------------------------------------------
 
 
 class FeatureScorer:
@@ -57,114 +69,194 @@ class FeatureScorer:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Rows of `schema.features` to rows of `schema.scores`."""
-        broken = np.array([error is not None for error in block[schema.ERROR].to_pylist()], bool)
-        scores, logits = np.zeros(0, np.float32), np.zeros((0, 1), np.float32)
-        if not broken.all():
-            features = lake.to_matrix(block[schema.FEATURES])[~broken].astype(np.float32)
-            logits = lake.to_matrix(block[schema.LOGITS])[~broken]
-            (scores,) = engine.in_batches(self._engine, features, self._batch_size)
+        broken = broken_rows(block)
+        spared = (block[schema.FEATURES].is_null().to_numpy() & ~broken)[~broken]
+        logits = lake.to_matrix(block[schema.LOGITS])[~broken]
+        scores = np.full(len(logits), -np.inf, np.float32)
+        if not spared.all():
+            features = lake.to_matrix(block[schema.FEATURES])[~broken][~spared].astype(np.float32)
+            (scores[~spared],) = engine.in_batches(self._engine, features, self._batch_size)
         return answer(block, scores, logits, broken)
 
 
-def _open_onnx(scorer: Storage, threads: int) -> Engine:
+class ImageScorer:
+    """Loads scorer and teacher once, then scores encoded or decoded rows.
+
+    Args:
+        open_engine: Opens the network that maps uint8 [N, H, W, C] to scores [N], logits [N, K], and after a cascade
+            margins [N].
+        preprocessing: Shape of the pixels.
+        batch_size: Images of one forward pass.
+        classes: K.
+        decode: For encoded rows; None where they come decoded.
+        thumbnails: Whether to keep them with the scores.
+    """
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        preprocessing: PreprocessingConfig,
+        batch_size: int,
+        classes: int,
+        decode: Decode | None = None,
+        thumbnails: bool = False,
+    ) -> None:
+        self._engine = open_engine()
+        self._shape = preprocessing.shape_hwc
+        self._batch_size = batch_size
+        self._classes = classes
+        self._decode = decode
+        self._thumbnails = thumbnails
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Rows of `schema.encoded` or `schema.decoded` to rows of `schema.scores`."""
+        if self._decode is not None:
+            block = self._decode(block)
+        broken = broken_rows(block)
+        scores, logits = np.zeros(0, np.float32), np.zeros((0, self._classes), np.float32)
+        miniatures = np.zeros((len(broken), schema.THUMBNAIL_PX), np.uint8)
+        if not broken.all():
+            pixels = embedding.usable_pixels(block, broken, self._shape)
+            scores, logits = engine.in_batches(self._engine, pixels, self._batch_size)[:2]
+            if self._thumbnails:
+                miniatures[~broken] = images.thumbnails(pixels)
+        kept = lake.fixed_list(miniatures, broken) if self._thumbnails else None
+        return answer(block, scores, logits, broken, kept)
+
+
+# -- opening the networks on a worker ----------------------------------------------------------------------
+
+
+def _open_head(open_teacher: Callable[[], Engine], scorer: Storage) -> Engine:
+    return engine.Scorer(open_teacher(), engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE)))
+
+
+def _open_finetuned_onnx(scorer: Storage, threads: int) -> Engine:
     return engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE), threads)
 
 
-def _open_torch(config: JobConfig, scorer: Storage) -> Engine:
+def _open_finetuned_torch(config: JobConfig, scorer: Storage) -> Engine:
     from pu_ray import models
     from pu_ray.pu import scorers
 
     finetuned = scorers.new_finetuned(config)
     models.load_weights(finetuned, f"{scorer.uri}/scorer.safetensors")
-    return engine.TorchEngine(scorers.with_teacher(finetuned, config), "cuda")
+    return engine.TorchEngine(scorers.with_teacher(finetuned, config), "cuda", config.features.compile)
 
 
-class PixelScorer:
-    """Loads a fine-tuned scorer and the teacher once, then scores decoded rows."""
-
-    def __init__(self, open_engine: Callable[[], Engine], preprocessing: PreprocessingConfig, batch_size: int) -> None:
-        self._engine = open_engine()
-        self._shape = preprocessing.shape_hwc
-        self._batch_size = batch_size
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Rows of `schema.decoded` to rows of `schema.scores`."""
-        broken = np.array([error is not None for error in block[schema.ERROR].to_pylist()], bool)
-        scores, logits = np.zeros(0, np.float32), np.zeros((0, 1), np.float32)
-        if not broken.all():
-            pixels = lake.to_matrix(block[schema.PIXELS]).reshape(-1, *self._shape)[~broken]
-            scores, logits = engine.in_batches(self._engine, pixels, self._batch_size)
-        return answer(block, scores, logits, broken)
+def _image_engine(config: JobConfig, storage: Storage) -> Callable[[], Engine]:
+    """A picklable recipe for the networks that look at images."""
+    scorer = storage.child("scorer")
+    if config.scorer.features == "finetuned":
+        if config.resources.embed.gpus > 0:
+            return partial(_open_finetuned_torch, config, scorer)
+        return partial(_open_finetuned_onnx, scorer, max(1, int(config.resources.embed.cpus)))
+    gate = None
+    if config.features.cascade:
+        cascade = storage.child("cascade")
+        gate = embedding.Gate.of(cascade, manifest.require(cascade, "features"))
+    return partial(_open_head, embedding.engine_recipe(config, storage.child(FOLDER), gate), scorer)
 
 
-def _feature_units(features: Storage, shards: Sequence[Shard]) -> list[Unit]:
-    by_path = {shard.path: shard for shard in shards}
-    index = ledger.read_index(features).to_pylist()
-    return [
-        Unit(by_path[entry["shard"]], entry["rows"], partial(features.read_table, entry["file"]), entry["rows"] * 1024)
-        for entry in index
+# -- the stage ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What goes through the pass, and what the actors do with it."""
+
+    units: list[Unit]
+    prepare: Decode | None
+    actor: type[Any]
+    arguments: dict[str, Any]
+
+
+def _from_features(config: JobConfig, storage: Storage, todo: Sequence[Shard]) -> _Work:
+    features = storage.child("features")
+    by_path = {shard.path: shard for shard in todo}
+    units = [
+        Unit(
+            by_path[entry["shard"]], 0, entry["rows"], partial(features.read_table, entry["file"]), entry["rows"] * 1024
+        )
+        for entry in ledger.read_index(features).to_pylist()
         if entry["shard"] in by_path
     ]
+    arguments = {"scorer": storage.child("scorer"), "batch_size": config.features.batch_size}
+    return _Work(units, None, FeatureScorer, arguments)
+
+
+def _from_images(
+    config: JobConfig, storage: Storage, shards: Sequence[Shard], todo: Sequence[Shard], classes: int
+) -> _Work:
+    in_task, in_actor = embedding.decode_where(config)
+    arguments = {
+        "open_engine": _image_engine(config, storage),
+        "preprocessing": config.teacher.preprocessing,
+        "batch_size": config.features.batch_size,
+        "classes": classes,
+        "decode": in_actor,
+        "thumbnails": not config.features.cache,
+    }
+    return _Work(lake_pass.lake_units(config, shards, todo), in_task, ImageScorer, arguments)
 
 
 def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity: str, progress: Progress) -> Manifest:
     """Score every shard that is not finished, and publish.
 
     Raises:
-        DataError: An upstream artifact is missing, or the lake cannot be read.
+        DataError: An upstream artifact is missing, the lake cannot be read, or too many images are broken.
         ClusterError: The scored rows are not the lake's rows.
     """
     publication = Publication("score", identity, inputs, config.seed)
-    target, scorer, features = storage.child(FOLDER), storage.child("scorer"), storage.child("features")
-    shards = lake.list_shards(config.lake)
-    # The scorer's identity stands for its settings; the lake's listing is left out, see features.py.
-    records = ledger.Ledger(target, settings_of.digest({"scorer": inputs["fit"]}))
+    target = storage.child(FOLDER)
+    shards = lake.list_shards(config.lake, progress.found)
+    embedded = manifest.require(storage.child("features"), "features")
+    fitted = manifest.require(storage.child("scorer"), "fit")
+    # The scorer's identity stands for its settings; the lake's listing is left out, see embedding.row_settings.
+    records = ledger.Ledger(
+        target,
+        settings_of.digest({"scorer": inputs["fit"], "rows": embedding.row_settings(config, inputs)}),
+    )
     finished = records.finished(shards)
     todo = [shard for shard in shards if shard.path not in finished]
-    embedded = manifest.require(features, "features")
-    preprocessing = config.teacher.preprocessing
-    arguments: dict[str, Any] = {"batch_size": config.features.batch_size}
-    actor: type[Any] = FeatureScorer
-    if config.scorer.features == "frozen":
-        units, prepare = _feature_units(features, todo), None
-        arguments["scorer"] = scorer
-    else:
-        units = lake_pass.lake_units(config.lake, todo, preprocessing)
-        prepare = partial(lake.decode_table, preprocessing=preprocessing, limits=images.Limits.of(config.lake))
-        threads = max(1, int(config.resources.embed.cpus))
-        on_gpu = config.resources.embed.gpus > 0
-        open_engine = partial(_open_torch, config, scorer) if on_gpu else partial(_open_onnx, scorer, threads)
-        arguments |= {"preprocessing": preprocessing, "open_engine": open_engine}
-        actor = PixelScorer
-    entries = lake_pass.run(
-        units,
-        storage=target,
-        ledger=records,
-        finished=finished,
-        prepare=prepare,
-        actor=actor,
-        actor_arguments=arguments,
-        resources=config.resources,
-        progress=progress,
-        row_group_rows=65_536,
-    )
-    errors = ledger.write_index(target, entries)
-    rows = sum(entry.rows for entry in entries.values())
-    if rows != embedded.counts["rows"]:
+    passed = lake_pass.Passed(finished, {})
+    if todo:
+        cached = config.features.cache and config.scorer.features == "frozen"
+        work = (
+            _from_features(config, storage, todo)
+            if cached
+            else _from_images(config, storage, shards, todo, len(fitted.facts["classes"]))
+        )
+        passed = lake_pass.run(
+            work.units,
+            storage=target,
+            ledger=records,
+            finished=finished,
+            prepare=work.prepare,
+            actor=work.actor,
+            actor_arguments=work.arguments,
+            resources=config.resources,
+            progress=progress,
+            row_group_rows=65_536,
+        )
+    errors = ledger.write_index(target, passed.entries)
+    if config.features.cache and passed.rows != embedded.counts["rows"]:
         raise ClusterError(
             "scored rows are not the lake's rows",
             where=str(target),
             allowed=str(embedded.counts["rows"]),
-            got=str(rows),
+            got=str(passed.rows),
             hint="the lake changed between stages: run the whole job again",
         )
+    ledger.check_error_share(errors, passed.rows, config.lake.max_error_share, config.lake.uri)
     return publication.publish(
         target,
         counts={
-            "rows": rows,
+            "rows": passed.rows,
             "errors": sum(errors.values()),
             "shards": len(shards),
-            "rows_done_now": sum(entries[shard.path].rows for shard in todo if shard.path in entries),
+            "shards_done_now": len(todo),
+            "rows_done_now": passed.rows_of(todo),
         },
-        facts={"errors": dict(errors)},
+        facts={"errors": dict(errors), "storage_retries": passed.weather},
     )

@@ -86,7 +86,9 @@ def _candidates(
     parts: list[pa.Table] = [empty]
     met: dict[bytes, str] = {}
     held = 0
-    for table in _usable(scores, cut, progress):
+    # What the cascade's gate rejected is no candidate, except for a control that looks at nothing.
+    least = cut if settings.rule == "random" else max(cut, float(np.finfo(np.float32).min))
+    for table in _usable(scores, least, progress):
         samples = table[schema.SAMPLE_ID].to_pylist()
         met.update((sample, known[sample]) for sample in samples if sample in known)
         table = table.filter(pa.array([sample not in known for sample in samples], pa.bool_()))
@@ -136,15 +138,22 @@ def _best(table: pa.Table, settings: SelectionConfig, budget: int) -> pa.Table:
     return ranked.filter(pa.array(rank_in_class < quota[predicted]))
 
 
-def _near_leaks(features: Storage, rows: pa.Table, evaluation: images.Pixels, correlation: float) -> set[bytes]:
-    """Contents among the rows whose stored thumbnails nearly equal an evaluation image's."""
+def _near_leaks(thumbnails: Storage, rows: pa.Table, evaluation: images.Pixels, correlation: float) -> set[bytes]:
+    """Contents among the rows whose stored thumbnails nearly equal an evaluation image's.
+
+    Args:
+        thumbnails: The artifact that holds them: the features, or without a cache the scores.
+        rows: Whom to compare.
+        evaluation: Thumbnails of the evaluation images.
+        correlation: From which on two are copies.
+    """
     wanted = set(rows[schema.SAMPLE_ID].to_pylist())
     shards = set(rows[schema.SHARD].to_pylist())
     leaks: set[bytes] = set()
-    for entry in ledger.read_index(features).to_pylist():
+    for entry in ledger.read_index(thumbnails).to_pylist():
         if entry["shard"] not in shards:
             continue
-        table = features.read_table(entry["file"], [schema.SAMPLE_ID, schema.THUMBNAIL])
+        table = thumbnails.read_table(entry["file"], [schema.SAMPLE_ID, schema.THUMBNAIL])
         members = np.array([sample in wanted for sample in table[schema.SAMPLE_ID].to_pylist()], bool)
         if members.any():
             chosen = table.filter(pa.array(members))
@@ -164,7 +173,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     """
     publication = Publication("select", identity, inputs, config.seed)
     settings = config.selection
-    scorer, scores, features = (storage.child(name) for name in ("scorer", "scores", "features"))
+    scorer, scores = storage.child("scorer"), storage.child("scores")
     fitted = manifest.require(scorer, "fit")
     classes: list[str] = fitted.facts["classes"]
 
@@ -173,13 +182,14 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     evaluation = lake.read_labeled(config.test.uri, classes)
     candidates, why_not = _candidates(scores, settings, cut, config.seed, _known(labeled, evaluation), progress)
     miniatures = images.thumbnails(evaluation.pixels(config.teacher.preprocessing, config.test.uri))
-    near = _near_leaks(features, candidates, miniatures, settings.near_copy_correlation)
+    thumbnails = storage.child("features") if config.features.cache else scores
+    near = _near_leaks(thumbnails, candidates, miniatures, settings.near_copy_correlation)
     passed = candidates.num_rows + len(why_not)
     why_not |= dict.fromkeys(sorted(near), "near_leak")
     kept = candidates.filter(
         pa.array([sample not in near for sample in candidates[schema.SAMPLE_ID].to_pylist()], pa.bool_())
     )
-    before = np.bincount(kept[schema.PREDICTED].to_numpy(), minlength=len(classes))
+    before = _class_counts(kept, len(classes))
     chosen = _best(kept, settings, settings.budget) if settings.budget is not None else kept
     if chosen.num_rows == 0:
         raise DataError(
@@ -189,7 +199,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             got=f"{passed} above {cut:g}, {len(why_not)} of them excluded",
             hint="look at the score histogram in the report; lower selection.recall, or check lake and teacher",
         )
-    after = np.bincount(chosen[schema.PREDICTED].to_numpy(), minlength=len(classes))
+    after = _class_counts(chosen, len(classes))
     target = storage.child(FOLDER)
     target.delete()
     target.write_table("selection.parquet", _ordered(chosen, settings.rule, config.seed))
@@ -216,6 +226,11 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     )
 
 
+def _class_counts(rows: pa.Table, classes: int) -> Any:
+    predicted = rows[schema.PREDICTED].to_numpy()
+    return np.bincount(predicted[predicted != schema.NO_CLASS], minlength=classes)
+
+
 def _cut(settings: SelectionConfig, scorer: Storage) -> tuple[float, dict[str, Any] | None]:
     if settings.rule == "zero":
         # The paper mines x iff g(x) > 0, strictly.
@@ -224,6 +239,14 @@ def _cut(settings: SelectionConfig, scorer: Storage) -> tuple[float, dict[str, A
         return -math.inf, None
     calibration = scorer.read_table("calibration.parquet")[schema.SCORE].to_numpy()
     found = threshold.recall_threshold(calibration, settings.recall, settings.confidence)
+    if math.isinf(found.value):
+        raise DataError(
+            "the cascade's gate rejects too many labeled images for this promise",
+            where="selection.recall",
+            allowed=f"fewer than {found.rank} of {found.calibration} calibration images rejected",
+            got=f"{int(np.isneginf(calibration).sum())} rejected",
+            hint="raise features.cascade_recall or features.cascade_stages, or lower selection.recall",
+        )
     return found.value, asdict(found)
 
 

@@ -121,7 +121,7 @@ COUNTS: Mapping[str, Mapping[str, int]] = {
     "export": {"parity_images": 8, "parameters": 1_234},
 }
 FACTS: Mapping[str, Mapping[str, Any]] = {
-    "features": {"errors": {"truncated": 2}, "engine": "onnx"},
+    "features": {"errors": {"truncated": 2}, "engine": "onnx", "whole_lake": True, "storage_retries": {}},
     "fit": {
         "classes": CLASSES,
         "proxy_auc": 0.97,
@@ -134,7 +134,7 @@ FACTS: Mapping[str, Mapping[str, Any]] = {
             "source": "estimated",
         },
     },
-    "score": {"errors": {"truncated": 2}},
+    "score": {"errors": {"truncated": 2}, "storage_retries": {"throttled": 3}},
     "select": {
         "rule": "recall",
         "threshold": 0.25,

@@ -1,4 +1,4 @@
-"""pu_ray/features.py: the embedder keeps every row, in order, and its numbers in range."""
+"""pu_ray/embedding.py: the embedder keeps every row, in order, and its numbers in range; the cache keeps its word."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import pickle
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from artifacts import identity_columns, job, picture, png, publish
+from artifacts import identity_columns, job, picture, png
 
-from pu_ray import features, images, lake, schema, score
+from pu_ray import embedding, images, lake, schema
 from pu_ray.config import PreprocessingConfig
-from pu_ray.features import Embedder
-from pu_ray.ledger import Ledger, ShardEntry
-from pu_ray.progress import Silent
+from pu_ray.embedding import Embedder, FeatureCache, Gate
 from pu_ray.storage import Storage
 
 PREPROCESSING = PreprocessingConfig(size_px=24)
@@ -112,15 +109,25 @@ def test_the_result_does_not_depend_on_the_batch_size():
 )
 def test_torch_runs_on_gpus_and_onnx_elsewhere_unless_the_job_says_otherwise(engine, gpus, expected):
     config = job(features={"engine": engine}, resources={"embed": {"gpus": gpus}})
-    assert features.engine_kind(config) == expected
+    assert embedding.engine_kind(config) == expected
 
 
 def test_a_torch_engine_is_a_recipe_that_travels_to_workers():
     config = job(features={"engine": "torch"})
-    recipe = pickle.loads(pickle.dumps(features._prepare_engine(config, None)))
-    assert recipe.args == (config.teacher, "cpu")
-    on_gpu = job(features={"engine": "torch"}, resources={"embed": {"gpus": 1}})
-    assert features._prepare_engine(on_gpu, None).args[1] == "cuda"
+    nowhere = Storage("/nowhere")
+    recipe = pickle.loads(pickle.dumps(embedding.engine_recipe(config, nowhere, None)))
+    assert recipe.args == (config.teacher, None, "cpu", False)
+    on_gpu = job(features={"engine": "torch", "compile": True}, resources={"embed": {"gpus": 1}})
+    assert embedding.engine_recipe(on_gpu, nowhere, None).args[2:] == ("cuda", True)
+
+
+def test_a_gpu_is_decoded_for_and_a_cpu_actor_decodes_itself():
+    in_task, in_actor = embedding.decode_where(job())
+    assert in_task is None
+    assert in_actor is not None
+    in_task, in_actor = embedding.decode_where(job(resources={"embed": {"gpus": 0.5}}))
+    assert in_task is not None
+    assert in_actor is None
 
 
 # -- when rows must be made anew ---------------------------------------------------------------------------
@@ -135,6 +142,7 @@ def test_a_torch_engine_is_a_recipe_that_travels_to_workers():
         ({"scorer": {"epochs": 3}}, True),
         ({"features": {"batch_size": 7}}, False),
         ({"features": {"engine": "torch"}}, False),
+        ({"features": {"cache_uri": "s3://shared"}}, True),
         ({"lake": {"max_image_px": 10}}, False),
         ({"lake": {"max_image_bytes": 10}}, False),
         ({"teacher": {"preprocessing": {"size_px": 8}}}, False),
@@ -143,40 +151,185 @@ def test_a_torch_engine_is_a_recipe_that_travels_to_workers():
 )
 def test_rows_are_kept_unless_what_determines_them_changes(sections, same):
     inputs = {"teacher": "content", "lake": "listing"}
-    before = features._row_settings(job(), inputs)
-    assert (features._row_settings(job(**sections), inputs) == before) is same
+    before = embedding.row_settings(job(), inputs)
+    assert (embedding.row_settings(job(**sections), inputs) == before) is same
 
 
 def test_another_content_of_the_teacher_makes_other_rows_and_another_listing_does_not():
-    before = features._row_settings(job(), {"teacher": "a", "lake": "x"})
-    assert features._row_settings(job(), {"teacher": "a", "lake": "y"}) == before
-    assert features._row_settings(job(), {"teacher": "b", "lake": "x"}) != before
+    before = embedding.row_settings(job(), {"teacher": "a", "lake": "x"})
+    assert embedding.row_settings(job(), {"teacher": "a", "lake": "y"}) == before
+    assert embedding.row_settings(job(), {"teacher": "b", "lake": "x"}) != before
 
 
-# -- shards without rows -----------------------------------------------------------------------------------
+def test_another_gate_makes_other_rows():
+    before = embedding.row_settings(job(), {"teacher": "a"})
+    assert embedding.row_settings(job(), {"teacher": "a", "cascade": "gate"}) != before
 
 
-@pytest.mark.parametrize("stage", ["features", "score"])
-def test_an_empty_shard_beside_finished_ones_is_no_work_and_no_error(tmp_path, monkeypatch, stage):
-    (tmp_path / "lake").mkdir()
-    for name, contents in (("a", CONTENTS[:3]), ("empty", [])):
-        pq.write_table(pa.table({"bytes": pa.array(contents, pa.binary())}), tmp_path / "lake" / f"{name}.parquet")
-    config = job(tmp_path, features={"engine": "torch"})
-    full = next(shard for shard in lake.list_shards(config.lake) if shard.path == "a.parquet")
-    inputs = {"teacher": "content", "lake": "listing", "features": "f", "fit": "s"}
-    settings = (
-        features._row_settings(config, inputs) if stage == "features" else score.settings_of.digest({"scorer": "s"})
-    )
-    storage = Storage(config.output)
-    target = storage.child({"features": "features", "score": "scores"}[stage])
-    size = target.write_table("data/a.parquet", pa.table({"row": range(3)}))
-    Ledger(target, settings).commit(
-        full, ShardEntry("a.parquet", full.fingerprint, {"data/a.parquet": 3}), {"data/a.parquet": size}
-    )
-    if stage == "score":
-        features.ledger.write_index(storage.child("features"), {})
-        publish(storage.child("features"), "features", counts={"rows": 3})
-    run = {"features": features.run, "score": score.run}[stage]
-    published = run(config, storage, inputs, "identity", Silent())
-    assert published.counts["rows"] == 3
-    assert published.counts["rows_done_now"] == 0
+# -- encoded rows and a gate -------------------------------------------------------------------------------
+
+
+def encoded_block() -> pa.Table:
+    contents = [b"not an image" if gone else content for content, gone in zip(CONTENTS, BROKEN, strict=True)]
+    columns = {
+        **identity_columns(CONTENTS),
+        schema.BYTES: pa.array(contents, pa.large_binary()),
+        schema.ERROR: pa.nulls(len(contents), pa.string()),
+    }
+    return pa.table(columns, schema=schema.encoded())
+
+
+def test_an_actor_that_decodes_makes_the_rows_of_one_that_does_not():
+    decode = embedding.decoder(job())
+    itself = Embedder(FakeEngine, PREPROCESSING, 2, decode=decode)(encoded_block())
+    handed = Embedder(FakeEngine, PREPROCESSING, 2)(decode(encoded_block()))
+    assert itself == handed
+    assert itself[schema.ERROR].to_pylist() == ["not_an_image" if gone else None for gone in BROKEN]
+
+
+class GatedEngine(FakeEngine):
+    """Rejects images darker than their mean allows."""
+
+    def run(self, batch):
+        outputs = super().run(batch)
+        return [*outputs, outputs[0][:, 0] - 128]
+
+
+def test_rejected_rows_have_a_negative_margin_a_thumbnail_and_no_features():
+    table = Embedder(GatedEngine, PREPROCESSING, batch_size=3)(block())
+    assert table.schema == schema.features(2, 3)
+    for row, gone in enumerate(BROKEN):
+        found = table.slice(row, 1).to_pylist()[0]
+        margin = np.asarray(picture(row)).mean() - 128
+        assert (found[schema.GATE] is None) == gone
+        assert (found[schema.THUMBNAIL] is None) == gone
+        assert (found[schema.FEATURES] is None) == (gone or margin < 0)
+        assert (found[schema.LOGITS] is None) == (gone or margin < 0)
+        if not gone:
+            assert found[schema.GATE] == pytest.approx(margin, abs=1e-3)
+    margins = [m for m in table[schema.GATE].to_pylist() if m is not None]
+    assert min(margins) < 0 < max(margins)  # else this proves nothing
+
+
+# -- the cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path) -> FeatureCache:
+    return FeatureCache(Storage(str(tmp_path / "cache")), "settings")
+
+
+def renamed(table: pa.Table) -> pa.Table:
+    """The same images in another shard, at other rows."""
+    table = table.set_column(1, schema.SHARD, pa.array(["b.tar"] * table.num_rows))
+    return table.set_column(2, schema.ROW, pa.array(range(100, 100 + table.num_rows), pa.int64()))
+
+
+def test_what_one_run_embedded_another_finds_wherever_the_images_lie(cache):
+    decode = embedding.decoder(job())
+    made = Embedder(FakeEngine, PREPROCESSING, 2, decode=decode, cache=cache)(encoded_block())
+    found = embedding.find_or_decode(renamed(encoded_block()), cache, None)
+    assert found == renamed(made)
+    assert found[schema.SHARD].to_pylist() == ["b.tar"] * len(CONTENTS)
+
+    class Idle(FakeEngine):
+        def run(self, batch):
+            assert len(batch) == 1, "only the probe for the widths"
+            return super().run(batch)
+
+    assert Embedder(Idle, PREPROCESSING, 2, decode=decode, cache=cache)(found) == found
+
+
+@pytest.mark.parametrize("change", ["another image", "another order", "other settings", "fewer images"])
+def test_what_was_not_embedded_like_this_is_not_found(cache, change):
+    Embedder(FakeEngine, PREPROCESSING, 2, decode=embedding.decoder(job()), cache=cache)(encoded_block())
+    wanted = encoded_block()
+    if change == "another image":
+        wanted = wanted.set_column(0, schema.SAMPLE_ID, pa.array([bytes(16)] * len(CONTENTS), schema.SAMPLE_ID_TYPE))
+    elif change == "another order":
+        wanted = wanted.take(pa.array(range(len(CONTENTS) - 1, -1, -1)))
+    elif change == "fewer images":
+        wanted = wanted.slice(1)
+    else:
+        cache = FeatureCache(cache.storage, "others")
+    assert cache.find(wanted) is None
+    assert embedding.find_or_decode(wanted, cache, None) is wanted
+
+
+def test_a_block_with_an_image_that_could_not_be_read_is_never_kept(cache):
+    unread = encoded_block()
+    samples = unread[schema.SAMPLE_ID].to_pylist()
+    unread = unread.set_column(0, schema.SAMPLE_ID, pa.array([None, *samples[1:]], schema.SAMPLE_ID_TYPE))
+    Embedder(FakeEngine, PREPROCESSING, 2, decode=embedding.decoder(job()), cache=cache)(unread)
+    assert cache.storage.list_files() == []
+
+
+# -- the cascade's network ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(tmp_path) -> Gate:
+    """A gate on the first stage's four channels, which lets about half of the images pass."""
+    import torch
+
+    from pu_ray import engine
+    from pu_ray.pu import scorers
+
+    torch.manual_seed(0)
+    head = scorers.Head(4, attention=False, hidden=0)
+    graph = engine.to_onnx(head.eval(), torch.randn(2, 4), input_name="features", output_names=["scores"])
+    storage = Storage(str(tmp_path / "cascade"))
+    storage.write_bytes(embedding.GATE_FILE, graph)
+    return Gate(storage, stages=1, threshold=0.0)
+
+
+@pytest.fixture
+def teacher_job(tmp_path):
+    """A job whose teacher has weights, with batch-norm statistics of real images."""
+    import torch
+
+    from pu_ray import models
+    from pu_ray.config import NetworkConfig
+
+    torch.manual_seed(1)
+    network = models.build(NetworkConfig(architecture="cifar/resnet8-w4"), classes=2, in_channels=3)
+    config = job(tmp_path)
+    pixels = torch.from_numpy(np.stack([np.asarray(picture(seed)) for seed in range(32)]))
+    network.train()
+    with torch.no_grad():
+        for _ in range(20):
+            models.Normalised(network, config.teacher.preprocessing)(pixels)
+    (tmp_path / "teacher.safetensors").write_bytes(models.save_weights(network.eval()))
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    return config
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_cascade_gives_the_whole_networks_answers_to_those_that_pass(teacher_job, gate, kind, tmp_path):
+    target = Storage(str(tmp_path / "engines"))
+    config = teacher_job.model_copy(update={"features": teacher_job.features.model_copy(update={"engine": kind})})
+    whole = embedding.engine_recipe(config, target, None)()
+    pixels = np.stack([np.asarray(picture(seed)) for seed in range(64)])
+    features, logits = whole.run(pixels)
+    margins = embedding.engine_recipe(config, target, gate)().run(pixels)[2]
+    middle = Gate(gate.storage, 1, float(np.median(margins)))
+    cascade = pickle.loads(pickle.dumps(embedding.engine_recipe(config, target, middle)))()
+    some, some_logits, margins = cascade.run(pixels)
+    passed = margins >= 0
+    assert 0.3 < passed.mean() < 0.7
+    np.testing.assert_allclose(some[passed], features[passed], atol=1e-4)
+    np.testing.assert_allclose(some_logits[passed], logits[passed], atol=1e-4)
+    assert not some_logits[~passed].any()
+    np.testing.assert_allclose(some[:, :4], features[:, :4], atol=1e-4)  # the early features are everybody's
+    # A batch of which nobody passes still has the widths.
+    none, none_logits, _ = cascade.run(pixels[~passed][:3])
+    assert none.shape == (3, features.shape[1])
+    assert not none_logits.any()
+
+
+def test_a_gate_that_spares_nothing_or_everything_is_refused(teacher_job, gate, tmp_path):
+    from pu_ray.errors import ConfigError
+
+    for stages in (3, 4):
+        with pytest.raises(ConfigError, match="cascade_stages"):
+            embedding.engine_recipe(teacher_job, Storage(str(tmp_path / "x")), Gate(gate.storage, stages, 0.0))

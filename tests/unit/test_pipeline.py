@@ -13,14 +13,15 @@ from artifacts import COUNTS, FACTS, job, png, settings
 
 from pu_ray import config, manifest, pipeline, report
 from pu_ray.config import JobConfig
-from pu_ray.errors import ConfigError, DataError, GateError
+from pu_ray.errors import ClusterError, ConfigError, DataError, GateError
 from pu_ray.manifest import Publication
 from pu_ray.pipeline import STEPS, Pipeline
 from pu_ray.progress import Narrator
 from pu_ray.storage import Storage
 
-ALL = [step.name for step in STEPS]
-SOURCES = {name: f"{name} as it is" for name in ("teacher", "lake", "labeled", "test", "truth")}
+# A job without a cascade has no such step.
+ALL = [step.name for step in STEPS if step.only_if is None]
+SOURCES = {name: f"{name} as it is" for name in ("teacher", "lake", "lake_base", "labeled", "test", "truth")}
 
 
 def identities(made: JobConfig, sources: dict[str, str] | None = None) -> dict[str, str]:
@@ -42,7 +43,7 @@ def test_every_step_comes_after_the_steps_it_reads():
 
 
 def test_folders_are_those_of_the_design():
-    folders = "features scorer scores selection mined student evaluation exported"
+    folders = "cascade features scorer scores selection mined student evaluation exported"
     assert [step.folder for step in STEPS] == folders.split()
 
 
@@ -77,9 +78,13 @@ DEPENDENTS = {
         ("teacher.stages=[layer1]", "features"),
         ("lake.max_image_bytes=1000", "features"),
         ("lake.max_image_px=1000", "features"),
-        ("lake.max_error_share=0.5", "features"),
         ("features.batch_size=7", "features"),
         ("features.engine=torch", "features"),
+        ("features.cache=false", "features"),
+        ("features.compile=true", "features"),
+        ("scorer.unlabeled_sample=500", "features"),
+        ("features.cache_uri=s3://shared/features", "nothing"),
+        ("features.cascade_recall=0.9", "nothing"),  # there is no cascade
         ("resources.embed.gpus=1", "features"),
         ("scorer.epochs=3", "fit"),
         ("scorer.prior=0.2", "fit"),
@@ -125,20 +130,43 @@ def test_changing_a_setting_changes_exactly_the_steps_that_depend_on_it(tmp_path
 
 @pytest.mark.parametrize(
     ("source", "first"),
-    [("teacher", "features"), ("lake", "features"), ("labeled", "fit"), ("test", "select"), ("truth", "evaluate")],
+    [("teacher", "features"), ("lake_base", "fit"), ("labeled", "fit"), ("test", "select"), ("truth", "evaluate")],
 )
 def test_changing_a_source_changes_exactly_the_steps_that_depend_on_it(source, first):
     after = identities(job(), {**SOURCES, source: "changed"})
     assert changed(identities(job()), after) == DEPENDENTS[first]
 
 
+def test_a_looser_limit_on_broken_images_needs_no_new_fit():
+    after = identities(job(lake={"max_error_share": 0.5}))
+    assert changed(identities(job()), after) == [name for name in ALL if name != "fit"]
+
+
+def test_a_lake_that_only_grew_is_embedded_and_scored_but_not_fitted_anew():
+    after = identities(job(), {**SOURCES, "lake": "grown"})
+    assert changed(identities(job()), after) == [name for name in ALL if name != "fit"]
+    # Without a cache the features are the fit's sample.
+    uncached = job(features={"cache": False})
+    after = identities(uncached, {**SOURCES, "lake": "grown"})
+    assert changed(identities(uncached), after) == [name for name in ALL if name not in ("features", "fit")]
+
+
+def test_a_cascade_comes_first_and_everything_on_the_lake_depends_on_it():
+    made = job(features={"cascade": True})
+    before, after = identities(made), identities(job(features={"cascade": True, "cascade_recall": 0.9}))
+    assert list(before) == ["cascade", *ALL]
+    assert all(before[name] != after[name] for name in before)
+    assert "cascade" not in identities(job())
+
+
 def test_each_step_has_its_own_identity_and_names_its_inputs():
     known = pipeline.identities(job(), SOURCES)
-    assert len({identity for identity, _ in known.values()}) == len(STEPS)
-    for step in STEPS:
+    assert len({identity for identity, _ in known.values()}) == len(ALL)
+    for step in pipeline.steps_of(job()):
         inputs = known[step.name][1]
-        assert set(inputs) == {*step.upstream, *step.outside}
-        for name in step.upstream:
+        determining = set(step.upstream) - set(step.growing) - {"cascade"}
+        assert set(inputs) == {*determining, *step.outside}
+        for name in determining:
             assert inputs[name] == known[name][0]
         for name in step.outside:
             assert inputs[name] == SOURCES[name]
@@ -203,7 +231,41 @@ def test_a_changed_file_changes_its_source_alone(tmp_path, file, source):
     fingerprints = {name: before[name] for name in SOURCES}
     (tmp_path / file).write_bytes(b"changed")
     after = pipeline.Sources(made)
-    assert [name for name in SOURCES if after[name] != fingerprints[name]] == [source]
+    # A lake of which nothing is remembered is its own base.
+    expected = ["lake", "lake_base"] if source == "lake" else [source]
+    assert [name for name in SOURCES if after[name] != fingerprints[name]] == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "event", "kept"),
+    [
+        ("keep", "nothing", True),
+        ("keep", "grown", True),
+        ("keep", "changed", False),
+        ("keep", "shrunk", False),
+        ("refit", "grown", False),
+    ],
+)
+def test_the_lake_that_was_fitted_on_stays_the_base_while_all_of_it_is_there(tmp_path, policy, event, kept):
+    make_inputs(tmp_path)
+    made = job(tmp_path, scorer={"on_new_shards": policy})
+    first = pipeline.Sources(made)
+    first.remember_lake()
+    # Another folder of images is another shard; a changed or lost file is a changed shard.
+    (tmp_path / "lake/new").mkdir()
+    if event == "grown":
+        (tmp_path / "lake/new/9.png").write_bytes(png(9))
+    elif event == "changed":
+        (tmp_path / "lake/1.png").write_bytes(b"changed")
+    elif event == "shrunk":
+        (tmp_path / "lake/1.png").unlink()
+        (tmp_path / "lake/2.png").write_bytes(png(2))
+    second = pipeline.Sources(made)
+    assert (second.lake_base == first.lake_base) is kept
+    assert (second.lake == first.lake) is (event == "nothing")
+    # What was remembered holds for the run after the next, too.
+    second.remember_lake()
+    assert pipeline.Sources(made).lake_base == second.lake_base
 
 
 def test_a_source_is_read_once(tmp_path, monkeypatch):
@@ -270,8 +332,7 @@ def test_good_inputs_pass(inputs):
         ({"labeled": {"uri": "absent"}}, "labeled.uri", "folder", "missing"),
         ({"labeled": {"uri": "labels.txt"}}, "labeled.uri", "folder", "file"),
         ({"test": {"uri": "absent"}}, "test.uri", "folder", "missing"),
-        ({"lake": {"uri": "absent"}}, "lake.uri", "folder", "missing"),
-        ({"lake": {"uri": "lake/1.png"}}, "lake.uri", "folder", "file"),
+        ({"lake": {"uri": "absent"}}, "lake.uri", "folder or file", "missing"),
         ({"lake": {"truth": "absent.parquet"}}, "lake.truth", "file", "missing"),
     ],
 )
@@ -530,3 +591,39 @@ def test_a_wrong_path_stops_a_run_with_the_name_of_its_field(world, verb, sectio
     with pytest.raises(ConfigError) as caught:
         made.run() if verb is None else made.run_verb(verb)
     assert caught.value.where == field
+
+
+# -- one run at a time -------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_same_output_is_refused_and_touches_nothing(world):
+    from pu_ray import lease
+
+    with lease.hold(world.storage, "another run"), pytest.raises(ClusterError, match="another run") as caught:
+        world.run()
+    assert world.ran == []
+    assert caught.value.hint
+    assert world.run()[0] == ALL
+
+
+def test_a_run_that_lost_its_output_stops_before_the_next_stage(world):
+    made = world.pipeline()
+    module = world.module
+
+    def stolen(name):
+        stage = module(name)
+
+        def run(job, storage, *arguments):
+            published = stage.run(job, storage, *arguments)
+            if published.stage == "fit":
+                (Path(world.root) / "run" / lease.FILE_NAME).unlink()
+            return published
+
+        return SimpleNamespace(run=run)
+
+    from pu_ray import lease
+
+    pipeline.importlib.import_module = stolen
+    with pytest.raises(ClusterError):
+        made.run()
+    assert world.ran == ["features", "fit"]

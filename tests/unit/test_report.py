@@ -16,7 +16,8 @@ from pu_ray import manifest, pipeline, report, schema
 from pu_ray.config import JobConfig
 from pu_ray.storage import Storage
 
-FOLDERS = {step.name: step.folder for step in pipeline.STEPS}
+# A job without a cascade has no such step.
+FOLDERS = {step.name: step.folder for step in pipeline.STEPS if step.only_if is None}
 ORDER = list(FOLDERS)
 
 
@@ -284,3 +285,38 @@ def test_a_run_interrupted_while_it_redoes_an_early_stage_can_be_reported(tmp_pa
     page = Page(render(config))
     assert page.open == []
     assert summarise(config)["verdict"].startswith("unfinished")
+
+
+def test_a_cascade_reports_what_it_saved_and_what_it_lost(tmp_path, no_plots):
+    config = make(tmp_path, "materialise")
+    storage = Storage(config.output)
+    publish(
+        storage.child("cascade"),
+        "cascade",
+        counts={"labeled": 60, "unlabeled": 500, "calibrate": 21, "calibrate_lost": 1},
+        facts={"stages": 1, "threshold": -0.5, "proxy_auc": 0.9, "passing_share": 0.25},
+    )
+    publish(storage.child("features"), "features", counts={**COUNTS["features"], "spared": 30}, facts=FACTS["features"])
+    found = {"cascade": "cascade", **FOLDERS}
+    done = {name: made for name, folder in found.items() if (made := manifest.read(storage.child(folder)))}
+    summary = report.summarise(config, storage, done, len(FOLDERS) + 1)
+    assert summary["cascade"] == {
+        "stages": 1,
+        "passing_share": 0.25,
+        "rows": 40,
+        "spared": 30,
+        "positives_checked": 21,
+        "positives_lost": 1,
+    }
+    page = Page(report.render(config, storage, summary))
+    assert "30 of 40 images spared the late stages; 1 of 21 held-out labeled images lost" in page.text
+    assert "throttled 3" in page.text
+
+
+def test_without_a_feature_cache_the_scores_know_the_lake(tmp_path):
+    config = make(tmp_path, "score")
+    storage = Storage(config.output)
+    sample = {**FACTS["features"], "whole_lake": False}
+    publish(storage.child("features"), "features", counts={**COUNTS["features"], "rows": 9, "errors": 0}, facts=sample)
+    summary = summarise(config)
+    assert (summary["lake_rows"], summary["error_rows"], summary["scored_rows"]) == (40, 2, 38)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from artifacts import identity_columns, png
 
-from pu_ray import lake, schema, score
+from pu_ray import images, lake, schema, score
 from pu_ray.config import PreprocessingConfig
 from pu_ray.storage import Storage
 
@@ -27,6 +27,7 @@ def features_block(broken=BROKEN) -> pa.Table:
         schema.FEATURES: lake.fixed_list(values.astype(np.float16), broken),
         schema.LOGITS: lake.fixed_list((values[:, :2] * [1, -1]).astype(np.float32), broken),
         schema.THUMBNAIL: lake.fixed_list(np.zeros((len(broken), schema.THUMBNAIL_PX), np.uint8), broken),
+        schema.GATE: pa.nulls(len(broken), pa.float32()),
         schema.ERROR: errors(broken),
     }
     return pa.table(columns, schema=schema.features(3, 2))
@@ -132,8 +133,44 @@ def test_pixels_are_scored_in_their_shape():
             shapes.append((batch.shape, batch.dtype))
             return super().run(batch)
 
-    scorer = score.PixelScorer(Watched, PreprocessingConfig(size_px=2), batch_size=2)
+    scorer = score.ImageScorer(Watched, PreprocessingConfig(size_px=2), batch_size=2, classes=2)
     table = scorer(block)
     assert shapes == [((2, 2, 2, 3), np.uint8), ((1, 2, 2, 3), np.uint8)]
     assert table[schema.SCORE].to_pylist() == [0.0, None, 24.0, 36.0, None]
     assert scorer(block.filter(pa.array(BROKEN)))[schema.SCORE].to_pylist() == [None, None]
+
+
+# -- behind a cascade, and without a feature cache ---------------------------------------------------------
+
+
+def test_what_the_gate_rejected_scores_minus_infinity_and_has_no_class(feature_scorer):
+    block = features_block()
+    rejected = np.array([False, False, True, False, False])
+    values = lake.to_matrix(block[schema.FEATURES]).copy()
+    columns = {name: block[name] for name in block.column_names}
+    columns[schema.FEATURES] = lake.fixed_list(values, BROKEN | rejected)
+    columns[schema.LOGITS] = lake.fixed_list(np.zeros((5, 2), np.float32), BROKEN | rejected)
+    columns[schema.GATE] = pa.array([0.5, None, -0.5, 0.5, None], pa.float32())
+    table = feature_scorer(pa.table(columns, schema=schema.features(3, 2)))
+    assert table[schema.SCORE].to_pylist() == [0.0, None, -np.inf, 9.0, None]
+    assert table[schema.PREDICTED].to_pylist() == [0, None, schema.NO_CLASS, 0, None]
+    assert table[schema.CONFIDENCE].to_pylist()[2] == 0.0
+    assert table[schema.ERROR] == block[schema.ERROR]
+    assert feature_scorer._engine.batches == [2]
+
+
+def test_images_are_scored_with_their_thumbnails_where_no_cache_keeps_them():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 24 * 24 * 3)).astype(np.uint8)
+    columns = {
+        **identity_columns(CONTENTS),
+        schema.PIXELS: lake.fixed_list(pixels, BROKEN),
+        schema.ERROR: errors(BROKEN),
+    }
+    block = pa.table(columns, schema=schema.decoded(24 * 24 * 3))
+    scorer = score.ImageScorer(FakePixelEngine, PreprocessingConfig(size_px=24), 2, classes=2, thumbnails=True)
+    table = scorer(block)
+    assert table.schema == schema.scores(thumbnails=True)
+    expected = images.thumbnails(pixels.reshape(5, 24, 24, 3))
+    np.testing.assert_array_equal(lake.to_matrix(table[schema.THUMBNAIL])[~BROKEN], expected[~BROKEN])
+    assert table[schema.THUMBNAIL].is_null().to_pylist() == BROKEN.tolist()
+    assert scorer(block.filter(pa.array(BROKEN))).schema == schema.scores(thumbnails=True)

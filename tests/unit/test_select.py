@@ -45,10 +45,14 @@ class Scene:
     labeled: list[bytes] = field(default_factory=list)
     test: list[bytes] = field(default_factory=lambda: [png(9_000)])
 
+    cache: bool = True
+    calibration: list[float] = field(default_factory=lambda: list(CALIBRATION))
+
     def run(self, **settings: Any) -> pa.Table:
         """Select, and return selection.parquet."""
         self.write()
-        self.manifest = select.run(job(self.root, selection=settings), self.storage, {}, "identity", Silent())
+        config = job(self.root, selection=settings, features={"cache": self.cache})
+        self.manifest = select.run(config, self.storage, {}, "identity", Silent())
         return self.storage.child("selection").read_table("selection.parquet")
 
     @property
@@ -64,15 +68,22 @@ class Scene:
         scorer = self.storage.child("scorer")
         ids = pa.array([images.sample_id(content) for content in self.labeled], schema.SAMPLE_ID_TYPE)
         scorer.write_table("labeled.parquet", pa.table({schema.SAMPLE_ID: ids}))
-        scorer.write_table("calibration.parquet", pa.table({schema.SCORE: pa.array(CALIBRATION, pa.float32())}))
+        scorer.write_table("calibration.parquet", pa.table({schema.SCORE: pa.array(self.calibration, pa.float32())}))
         publish(scorer, "fit", facts={"classes": CLASSES})
         test = Storage(f"{self.root}/test")
         test.delete()
         for position, content in enumerate(self.test):
             test.write_bytes(f"cat/{position:03d}.png", content)
-        write_shards(self.storage.child("scores"), {name: _scores(name, rows) for name, rows in self.shards.items()})
+        scores = {name: _scores(name, rows) for name, rows in self.shards.items()}
         features = {name: _features(name, rows) for name, rows in self.shards.items()}
-        write_shards(self.storage.child("features"), features)
+        if self.cache:
+            write_shards(self.storage.child("features"), features)
+        else:
+            for name, table in scores.items():
+                place = table.column_names.index(schema.ERROR)
+                scores[name] = table.add_column(place, schema.THUMBNAIL, features[name][schema.THUMBNAIL])
+                assert scores[name].schema == schema.scores(thumbnails=True)
+        write_shards(self.storage.child("scores"), scores)
 
 
 def _scores(shard: str, rows: list[Row]) -> pa.Table:
@@ -97,6 +108,7 @@ def _features(shard: str, rows: list[Row]) -> pa.Table:
         schema.FEATURES: lake.fixed_list(np.zeros((len(rows), 2), np.float16), broken),
         schema.LOGITS: lake.fixed_list(np.zeros((len(rows), 2), np.float32), broken),
         schema.THUMBNAIL: lake.fixed_list(small, broken),
+        schema.GATE: pa.nulls(len(rows), pa.float32()),
         schema.ERROR: pa.array([row.error for row in rows], pa.string()),
     }
     return pa.table(columns, schema=schema.features(2, 2))
@@ -399,3 +411,40 @@ def test_without_a_scorer_the_command_that_makes_it_is_named(scene):
     with pytest.raises(DataError, match="does not exist yet") as caught:
         select.run(job(scene.root), scene.storage, {}, "identity", Silent())
     assert "pu-ray fit" in caught.value.hint
+
+
+# -- behind a cascade, and without a feature cache ---------------------------------------------------------
+
+
+def rejected_by_the_gate(content: bytes) -> Row:
+    return Row(content, score=-np.inf, predicted=schema.NO_CLASS)
+
+
+@pytest.mark.parametrize("settings", [{"rule": "budget", "budget": 10}, {"rule": "zero"}, {"rule": "recall"}])
+def test_what_the_gate_rejected_is_no_candidate(scene, settings):
+    passed = [Row(png(k), score=9.0 + k, predicted=k % 2) for k in range(4)]
+    scene.shards = {"a": [*passed, *(rejected_by_the_gate(png(100 + k)) for k in range(6))]}
+    assert chosen(scene.run(**settings)) == set(ids(*(png(k) for k in range(4))))
+    assert sum(scene.manifest.facts["class_counts"]) == 4
+
+
+def test_a_random_control_draws_from_what_the_gate_rejected_too(scene):
+    scene.shards = {"a": [Row(png(0), score=1.0), *(rejected_by_the_gate(png(100 + k)) for k in range(40))]}
+    table = scene.run(rule="random", budget=20)
+    assert table.num_rows == 20
+    assert schema.NO_CLASS in table[schema.PREDICTED].to_pylist()
+
+
+def test_a_gate_that_breaks_the_promise_stops_the_run(scene):
+    scene.shards = {"a": [Row(png(k), score=1.0) for k in range(4)]}
+    scene.calibration = [*CALIBRATION, *[-np.inf] * len(CALIBRATION)]
+    with pytest.raises(DataError, match="gate rejects too many") as caught:
+        scene.run(rule="recall", recall=0.9)
+    assert str(len(CALIBRATION)) in str(caught.value.got)
+
+
+def test_without_a_feature_cache_near_copies_are_found_by_the_scores_thumbnails(scene):
+    scene.cache = False
+    scene.shards = {"a": [Row(png(1), score=5.0), Row(brighter(png(9_000)), score=5.0), Row(png(2), score=4.0)]}
+    assert chosen(scene.run(rule="zero")) == set(ids(png(1), png(2)))
+    assert list(scene.left_out.values()) == ["near_leak"]

@@ -24,10 +24,15 @@ def capacity(*nodes: dict[str, float], may_grow: bool = False) -> Capacity:
 
 def test_mining_needs_its_actors_and_a_free_slot_to_read_and_to_write(make_job: MakeJob) -> None:
     embed = {"cpus": 2, "gpus": 0, "min_actors": 3, "max_actors": 9, "memory_gib": 1.5}
-    mining, _ = preflight.required(make_job(resources={"embed": embed, "decode": {"cpus": 0.5}}))
+    resources = {
+        "embed": embed,
+        "decode": {"cpus": 0.5, "memory_gib": 0.25},
+        "write": {"cpus": 0.5, "memory_gib": 0.125},
+    }
+    mining, _ = preflight.required(make_job(resources=resources))
     assert mining.stage == "mining"
-    assert mining.total == {CPU: 3 * 2 + 0.5 + 1, MEMORY: 3 * 1.5 * GIB}
-    assert mining.cpus == 7.5
+    assert mining.total == {CPU: 3 * 2 + 0.5 + 0.5, MEMORY: (3 * 1.5 + 0.25 + 0.125) * GIB}
+    assert mining.cpus == 7
 
 
 def test_training_needs_its_fewest_workers_and_one_cpu(make_job: MakeJob) -> None:
@@ -38,19 +43,19 @@ def test_training_needs_its_fewest_workers_and_one_cpu(make_job: MakeJob) -> Non
 
 def test_enough_is_enough(make_job: MakeJob) -> None:
     requirements = preflight.required(make_job())
-    assert preflight.shortages(requirements, capacity({CPU: 3, MEMORY: 2 * GIB})) == []
+    assert preflight.shortages(requirements, capacity({CPU: 3, MEMORY: 3 * GIB})) == []
 
 
 def test_a_shortage_tells_stage_needed_available_and_setting(make_job: MakeJob) -> None:
     requirements = preflight.required(make_job())
-    (text,) = preflight.shortages(requirements, capacity({CPU: 2, MEMORY: 2 * GIB}))
-    assert text.startswith("mining needs 3 CPU at once (1 embedding actors x 1 CPU + ")
-    assert "the cluster has 2 CPU: lower resources.embed or resources.decode.cpus" in text
+    (text,) = preflight.shortages(requirements, capacity({CPU: 2, MEMORY: 3 * GIB}))
+    assert text.startswith("mining needs 2.25 CPU at once (1 embedding actors x 1 CPU + ")
+    assert "the cluster has 2 CPU: lower resources.embed or resources.decode or resources.write" in text
 
 
 def test_memory_counts(make_job: MakeJob) -> None:
     (text,) = preflight.shortages(preflight.required(make_job()), capacity({CPU: 8, MEMORY: GIB}))
-    assert "mining needs 2 GiB memory" in text
+    assert "mining needs 2.75 GiB memory" in text
     assert "has 1 GiB memory" in text
 
 
@@ -76,7 +81,7 @@ def test_a_fixed_cluster_that_is_too_small_is_refused(make_job: MakeJob, monkeyp
 def test_a_cluster_that_grows_is_waited_for(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "capacity_now", lambda: capacity({CPU: 0}, may_grow=True))
     report = preflight.check(make_job())
-    assert any(text.startswith("mining needs 3 CPU") for text in report.waiting_for)
+    assert any(text.startswith("mining needs 2.25 CPU") for text in report.waiting_for)
 
 
 def test_the_output_probe_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from pu_ray.errors import DataError
 from pu_ray.lake import fixed_list, to_matrix
 from pu_ray.ledger import ShardEntry
 from pu_ray.progress import Silent
-from pu_ray.pu import fit, risk, scorers
-from pu_ray.pu.fit import ROLES, Streams, assign_roles, draw_unlabeled, fit_scorer
+from pu_ray.pu import fit, risk, scorers, training
+from pu_ray.pu.fit import draw_unlabeled
+from pu_ray.pu.training import ROLES, Streams, assign_roles, fit_scorer
 from pu_ray.storage import Storage
 
 SPLIT = SplitConfig()
@@ -135,7 +136,7 @@ def fitted(streams, kind="pvu", seed=0, module_seed=0, epochs=4, **settings):
 def test_two_gaussians_are_told_apart(kind):
     streams, truth = gaussian_streams()
     result = fitted(streams, kind)
-    assert roc_auc_score(truth, fit.scores_of(result.module, streams.unlabeled_validate)) > 0.95
+    assert roc_auc_score(truth, training.scores_of(result.module, streams.unlabeled_validate)) > 0.95
 
 
 def test_the_same_seed_gives_the_same_scorer_and_another_seed_another():
@@ -155,9 +156,9 @@ def test_the_kept_epoch_is_the_one_with_the_best_proxy_auc():
     assert [point["epoch"] for point in result.curve] == list(range(1, 9))
     assert result.epoch != 8, "choose another seed: the last epoch must not be the best for this test to say anything"
     assert result.proxy_auc == max(curve) == curve[result.epoch - 1]
-    again = fit.proxy_auc(
-        fit.scores_of(result.module, streams.positive_validate),
-        fit.scores_of(result.module, streams.unlabeled_validate),
+    again = training.proxy_auc(
+        training.scores_of(result.module, streams.positive_validate),
+        training.scores_of(result.module, streams.unlabeled_validate),
     )
     assert again == result.proxy_auc, "the module must hold that epoch's parameters"
 
@@ -241,14 +242,14 @@ def test_progress_arrives_at_its_total():
 
 def test_proxy_auc_on_paper():
     # Pairs (P, U) in the right order: 2 > 1, 2 > 0, 1 = 1 (half), 1 > 0: 3.5 of 4.
-    assert fit.proxy_auc([2.0, 1.0], [1.0, 0.0]) == 3.5 / 4
+    assert training.proxy_auc([2.0, 1.0], [1.0, 0.0]) == 3.5 / 4
 
 
 def test_scores_are_those_of_eval_mode_whatever_the_batch():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5), nn.Flatten(0))
     inputs = torch.randn(2500, 3)
-    scores = fit.scores_of(module.train(), inputs)
+    scores = training.scores_of(module.train(), inputs)
     assert scores.shape == (2500,)
     np.testing.assert_allclose(scores, module[0](inputs).detach().numpy()[:, 0], rtol=1e-5, atol=1e-6)
 
@@ -256,7 +257,7 @@ def test_scores_are_those_of_eval_mode_whatever_the_batch():
 # -- the sample of the lake --------------------------------------------------------------------------------
 
 
-def features_table(numbers, shard, errors=()):
+def features_table(numbers, shard, errors=(), margins=None):
     """Rows of `schema.features`; the content is the number, and so is its first feature."""
     count = len(numbers)
     failed = np.isin(np.arange(count), list(errors))
@@ -269,6 +270,7 @@ def features_table(numbers, shard, errors=()):
         fixed_list(values, failed),
         fixed_list(np.zeros((count, 3), np.float32), failed),
         fixed_list(np.zeros((count, schema.THUMBNAIL_PX), np.uint8), failed),
+        pa.nulls(count, pa.float32()) if margins is None else pa.array(margins, pa.float32()),
         pa.array(["truncated" if bad else None for bad in failed], pa.string()),
     ]
     return pa.table(columns, schema=schema.features(2, 3))
@@ -285,6 +287,10 @@ def artifact(folder, files):
     return storage
 
 
+def drawn_rows(*arguments, **options):
+    return draw_unlabeled(*arguments, **options).rows
+
+
 def numbers_of(table):
     return to_matrix(table[schema.FEATURES])[:, 0].astype(int).tolist()
 
@@ -293,7 +299,7 @@ def test_the_sample_has_the_asked_size_and_rows_that_belong_together(tmp_path):
     storage = artifact(
         tmp_path, {f"s{i}": features_table(range(100 * i, 100 * i + 50), f"s{i}.parquet") for i in range(4)}
     )
-    sample = draw_unlabeled(storage, 30, seed=0, exclude=set())
+    sample = drawn_rows(storage, 30, seed=0, exclude=set())
     assert sample.schema == schema.features(2, 3)
     assert sample.num_rows == 30
     for number, sample_id, shard, row in zip(
@@ -313,12 +319,12 @@ def test_the_sample_is_the_same_whatever_order_the_lake_was_read_in(tmp_path):
     one = artifact(tmp_path / "1", {name: features_table(numbers[name], name) for name in ("a", "b")})
     other = artifact(tmp_path / "2", {name: features_table(numbers[name][order], name) for name in ("b", "a")})
     for count in (10, 15, 200):
-        assert numbers_of(draw_unlabeled(one, count, 7, set())) == numbers_of(draw_unlabeled(other, count, 7, set()))
+        assert numbers_of(drawn_rows(one, count, 7, set())) == numbers_of(drawn_rows(other, count, 7, set()))
 
 
 def test_the_seed_decides_which_images_are_drawn(tmp_path):
     storage = artifact(tmp_path, {"a": features_table(range(200), "a")})
-    draws = {tuple(numbers_of(draw_unlabeled(storage, 20, seed, set()))) for seed in range(4)}
+    draws = {tuple(numbers_of(drawn_rows(storage, 20, seed, set()))) for seed in range(4)}
     assert len(draws) == 4
 
 
@@ -329,20 +335,20 @@ def test_errors_labeled_images_and_copies_are_never_drawn(tmp_path):
     }
     storage = artifact(tmp_path, files)
     for seed in range(5):
-        sample = draw_unlabeled(storage, 100, seed, exclude={content_id(5)})
+        sample = drawn_rows(storage, 100, seed, exclude={content_id(5)})
         assert sorted(numbers_of(sample)) == [1, 3, 4]
         assert sample[schema.ERROR].null_count == 3
 
 
 def test_an_image_that_is_broken_in_one_place_may_be_drawn_from_another(tmp_path):
     storage = artifact(tmp_path, {"a": features_table([1], "a", errors=[0]), "b": features_table([1], "b")})
-    assert draw_unlabeled(storage, 5, 0, set())[schema.SHARD].to_pylist() == ["b"]
+    assert drawn_rows(storage, 5, 0, set())[schema.SHARD].to_pylist() == ["b"]
 
 
 def test_the_rows_of_a_sample_come_in_random_order(tmp_path):
     # Half of the sample trains and half judges, so no half may be one end of the lake.
     storage = artifact(tmp_path, {"a": features_table(range(400), "a"), "b": features_table(range(400, 800), "b")})
-    drawn = np.array(numbers_of(draw_unlabeled(storage, 800, 0, set())))
+    drawn = np.array(numbers_of(drawn_rows(storage, 800, 0, set())))
     assert sorted(drawn) == list(range(800))
     assert abs(np.mean(drawn[:400] < 400) - 0.5) < 0.1
 
@@ -351,7 +357,7 @@ def test_every_image_is_drawn_about_equally_often(tmp_path):
     storage = artifact(tmp_path, {"a": features_table(range(50), "a"), "b": features_table(range(50, 100), "b")})
     draws = 150
     counts = np.bincount(
-        [number for seed in range(draws) for number in numbers_of(draw_unlabeled(storage, 25, seed, set()))],
+        [number for seed in range(draws) for number in numbers_of(drawn_rows(storage, 25, seed, set()))],
         minlength=100,
     )
     # Each image is in a sample with probability 1/4: 37.5 times with a standard deviation of 5.3.
@@ -368,7 +374,7 @@ def test_a_large_lake_is_not_read_whole(tmp_path):
             read.append(path)
             return super().read_table(path, columns)
 
-    sample = draw_unlabeled(Watched(storage.uri), 10, 0, set())
+    sample = drawn_rows(Watched(storage.uri), 10, 0, set())
     assert sample.num_rows == 10
     assert len({path for path in read if path.startswith("data/")}) <= 5
 
@@ -376,5 +382,20 @@ def test_a_large_lake_is_not_read_whole(tmp_path):
 def test_a_lake_without_a_usable_image_says_so(tmp_path):
     storage = artifact(tmp_path, {"a": features_table([1, 2], "a", errors=[0, 1])})
     with pytest.raises(DataError, match="the lake holds no usable image") as caught:
-        draw_unlabeled(storage, 10, 0, set())
+        drawn_rows(storage, 10, 0, set())
     assert str(tmp_path) in str(caught.value)
+
+
+def test_what_the_gate_rejected_is_counted_but_not_drawn(tmp_path):
+    margins = [0.5, -0.5, 0.0, -0.1, None]
+    storage = artifact(tmp_path, {"a": features_table([1, 2, 3, 4, 5], "a", errors=[4], margins=margins)})
+    drawn = draw_unlabeled(storage, 10, 0, exclude={content_id(9)})
+    assert sorted(numbers_of(drawn.rows)) == [1, 3]
+    assert (drawn.seen, drawn.passed) == (4, 2)
+
+
+def test_a_prior_behind_the_gate_becomes_the_lakes_and_back():
+    # 30 % of the lake passes and 90 % of the positives do: of a prior of 0.06, 0.18 is left behind the gate.
+    factor = 0.3 / 0.9
+    lakes = fit._scaled(fit.Prior(0.18, 0.15, 0.21, 0.95, is_upper_bound=False), factor)
+    assert (lakes.low, lakes.estimate, lakes.high) == pytest.approx((0.05, 0.06, 0.07))

@@ -1,0 +1,142 @@
+"""The ways through the lake agree: from cached features, from images, behind a cascade, on a lake that grew."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pu_ray import config, ledger, manifest
+from pu_ray.manifest import Manifest
+from pu_ray.pipeline import Pipeline
+from pu_ray.progress import Narrator
+from pu_ray.storage import Storage
+from tests.e2e.conftest import SMALL, write_job
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def mine(job: Path, *verbs: str) -> dict[str, Manifest]:
+    """Run stages in this process, on the Ray that the tests share; returns the manifests by stage."""
+    made: dict[str, Manifest] = {}
+    for verb in verbs or ("features", "fit", "score", "select"):
+        narrator = Narrator(quiet=True)
+        pipeline = Pipeline(config.load(job, [], {}).job, narrator, contextlib.nullcontext)
+        made |= {document.stage: document for document in pipeline.run_verb(verb)}
+    return made
+
+
+def job(task: Path, folder: Path, **sections: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    return write_job(task, folder, selection={"recall": 0.9}, **sections)
+
+
+def rows(folder: Path, artifact: str) -> pa.Table:
+    storage = Storage(str(folder / "run" / artifact))
+    parts = [storage.read_table(file) for file in ledger.data_files(storage)]
+    return pa.concat_tables(parts).sort_by([("shard", "ascending"), ("row", "ascending")])
+
+
+def selected(folder: Path) -> set[bytes]:
+    return set(pq.read_table(folder / "run/selection/selection.parquet")["sample_id"].to_pylist())
+
+
+@pytest.fixture(scope="module")
+def cached(task: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on cached features, shared with other runs."""
+    folder = tmp_path_factory.mktemp("cached")
+    mine(job(task, folder, features={"cache_uri": str(folder / "shared")}))
+    return folder
+
+
+def test_scores_from_images_are_those_from_features(task: Path, cached: Path, tmp_path: Path) -> None:
+    made = mine(job(task, tmp_path, features={"cache": False}))
+    assert made["features"].facts["whole_lake"] is False
+    assert made["score"].counts["rows"] == SMALL.lake_rows
+    one, other = rows(cached, "scores"), rows(tmp_path, "scores")
+    for name in ("sample_id", "shard", "row", "predicted", "error"):
+        assert one[name] == other[name]
+    # Cached features are float16 and those in flight float32.
+    scores = [table["score"].drop_null().to_numpy() for table in (one, other)]
+    np.testing.assert_allclose(*scores, atol=0.1)
+    common = selected(cached) & selected(tmp_path)
+    assert len(common) > 0.98 * len(selected(cached) | selected(tmp_path))
+
+
+def test_a_cascade_spares_most_of_the_lake_and_keeps_what_would_be_mined(
+    task: Path, cached: Path, tmp_path: Path
+) -> None:
+    made = mine(job(task, tmp_path, features={"cascade": True, "cascade_sample": 800}))
+    features, scores = rows(tmp_path, "features"), rows(tmp_path, "scores")
+    assert features.num_rows == scores.num_rows == SMALL.lake_rows
+    usable = features["error"].is_null().to_numpy()
+    spared = usable & features["features"].is_null().to_numpy(zero_copy_only=False)
+    assert made["features"].counts["spared"] == spared.sum()
+    assert spared.sum() > 0.3 * SMALL.lake_rows
+    assert np.isneginf(scores["score"].to_numpy(zero_copy_only=False)[spared]).all()
+    assert np.isfinite(scores["score"].to_numpy(zero_copy_only=False)[usable & ~spared]).all()
+    assert scores["score"].null_count == SMALL.broken
+    assert len(selected(tmp_path) & selected(cached)) > 0.9 * len(selected(cached))
+    prior, truth = made["fit"].facts["prior"], manifest.require(Storage(str(cached / "run/scorer")), "fit")
+    assert prior["estimate"] == pytest.approx(truth.facts["prior"]["estimate"], rel=0.35)
+    # Straight from the images, behind the same gate: the same rows are spared.
+    direct = tmp_path / "direct"
+    mine(job(task, direct, features={"cascade": True, "cascade_sample": 800, "cache": False}))
+    spared_too = np.isneginf(rows(direct, "scores")["score"].to_numpy(zero_copy_only=False))
+    assert (spared_too == spared).all()
+
+
+def test_what_another_run_embedded_is_not_embedded_again(task: Path, cached: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shutil.copytree(cached / "shared", shared)
+    # Marked, so that it shows whose features these are.
+    files = list(shared.rglob("*.parquet"))
+    assert files
+    for file in files:
+        table = pq.read_table(file)
+        place = table.column_names.index("thumbnail")
+        marks = pa.array([[7] * 144] * table.num_rows, table.schema.field(place).type)
+        pq.write_table(table.set_column(place, table.schema.field(place), marks), file)
+    other = tmp_path / "other"
+    mine(job(task, other, features={"cache_uri": str(shared)}), "features")
+    one, again = rows(cached, "features"), rows(other, "features")
+    for name in ("sample_id", "shard", "row", "features", "logits", "error"):
+        assert one[name] == again[name]
+    assert set(np.unique(np.array(again["thumbnail"].to_pylist()))) == {7}
+
+
+def test_new_shards_cost_their_own_work_and_no_more(task: Path, tmp_path: Path) -> None:
+    grown = tmp_path / "task"
+    shutil.copytree(task, grown)
+    (file,) = (grown / "lake").glob("*.parquet")
+    whole = pq.read_table(file)
+    file.unlink()
+    for shard in range(10):
+        pq.write_table(whole.slice(shard * 150, 150), grown / f"lake/{shard}.parquet", row_group_size=50)
+    new = grown / "lake/9.parquet"
+    new.rename(grown / "9.parquet")
+    made = mine(job(grown, tmp_path / "run"))
+    assert made["features"].counts["rows_done_now"] == made["score"].counts["rows_done_now"] == 1350
+    scorer = (tmp_path / "run/run/scorer/manifest.json").read_bytes()
+    before = rows(tmp_path / "run", "scores")
+
+    (grown / "9.parquet").rename(new)
+    made = mine(tmp_path / "run/job.yaml")
+    assert made["features"].counts["rows_done_now"] == made["score"].counts["rows_done_now"] == 150
+    assert made["score"].counts["rows"] == 1500
+    assert (tmp_path / "run/run/scorer/manifest.json").read_bytes() == scorer
+    after = rows(tmp_path / "run", "scores")
+    assert after.slice(0, 1350) == before
+
+    # A changed shard is redone alone, but the scorer has then learned on another lake.
+    pq.write_table(whole.slice(0, 140), grown / "lake/3.parquet", row_group_size=50)
+    made = mine(tmp_path / "run/job.yaml")
+    assert made["features"].counts["rows_done_now"] == 140
+    assert made["score"].counts["rows"] == 1490
+    assert (tmp_path / "run/run/scorer/manifest.json").read_bytes() != scorer
