@@ -220,8 +220,10 @@ def make(config: JobConfig, prices: Prices) -> Plan:
 def measure_lake(config: JobConfig) -> LakeSize:
     """List the lake and open at most 20 shards, evenly spread, to count rows.
 
+    A damaged shard counts as the one row that stands for it.
+
     Raises:
-        DataError: The lake holds no images, or an opened shard is damaged.
+        DataError: The lake holds no images, or may not be read.
     """
     # Brings Ray Data, a second's import that a wrong job file need not wait for.
     from pu_ray import lake, lake_pass

@@ -15,7 +15,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,6 +55,7 @@ _RECEIPT = pa.schema(
         pa.field("bytes", pa.int64()),
         pa.field("rows", pa.int64()),
         pa.field("errors", pa.map_(pa.string(), pa.int64())),
+        pa.field("retries", pa.map_(pa.string(), pa.int64())),
     ]
 )
 
@@ -85,7 +85,8 @@ class Passed:
 
     Attributes:
         entries: All shards, finished before or now, by path.
-        weather: Storage operations that had to be repeated, in all processes, by reason.
+        weather: Storage operations that had to be repeated, by reason: those of the driver and of every process that
+            wrote.
     """
 
     entries: dict[str, ShardEntry]
@@ -104,11 +105,10 @@ class Passed:
 class _UnitSource(Datasource):
     """Hands units to Ray Data, one read task each."""
 
-    def __init__(self, units: Sequence[Unit], prepare: Transform | None, weather: Any) -> None:
+    def __init__(self, units: Sequence[Unit], prepare: Transform | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._units = units
         self._prepare = prepare
-        self._weather = weather
 
     def get_name(self) -> str:
         return "Lake"
@@ -121,7 +121,7 @@ class _UnitSource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                _Read(unit.read, self._prepare, self._weather),
+                _Read(unit.read, self._prepare),
                 BlockMetadata(num_rows=unit.rows, size_bytes=unit.size_bytes, exec_stats=None),
                 per_task_row_limit=per_task_row_limit,
             )
@@ -133,52 +133,22 @@ class _UnitSource(Datasource):
 class _Read:
     read: Callable[[], pa.Table]
     prepare: Transform | None
-    weather: Any
 
     def __call__(self) -> Iterable[pa.Table]:
         # Not a stage of its own: Ray would hand the rows over once more.
-        with _reporting(self.weather):
-            table = self.read()
-            return [table if self.prepare is None else self.prepare(table)]
-
-
-class _Weather:
-    """Adds up the storage retries of all processes; they are rare, so nobody queues here."""
-
-    def __init__(self) -> None:
-        self._retries: Counter[str] = Counter()
-
-    def add(self, retries: Mapping[str, int]) -> None:
-        self._retries.update(retries)
-
-    def total(self) -> dict[str, int]:
-        return dict(self._retries)
-
-
-@contextmanager
-def _reporting(weather: Any) -> Iterator[None]:
-    """Tell the driver about the storage retries of a task, whether it succeeds or not."""
-    try:
-        yield
-    finally:
-        if retries := take_weather():
-            weather.add.remote(retries)
+        table = self.read()
+        return [table if self.prepare is None else self.prepare(table)]
 
 
 class _Writer:
     """Writes a block's rows, one file per shard, and returns receipts."""
 
-    def __init__(self, storage: Storage, keys: Mapping[str, str], row_group_rows: int, weather: Any) -> None:
+    def __init__(self, storage: Storage, keys: Mapping[str, str], row_group_rows: int) -> None:
         self._storage = storage
         self._keys = keys
         self._row_group_rows = row_group_rows
-        self._weather = weather
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        with _reporting(self._weather):
-            return self._write(block)
-
-    def _write(self, block: pa.Table) -> pa.Table:
         receipts = []
         for shard in pc.unique(block[schema.SHARD]).to_pylist():
             rows = block.filter(pc.equal(block[schema.SHARD], shard)).sort_by(schema.ROW)
@@ -187,7 +157,10 @@ class _Writer:
             errors: Counter[str] = Counter()
             if schema.ERROR in rows.column_names:
                 errors.update(code for code in rows[schema.ERROR].to_pylist() if code is not None)
-            receipts.append((shard, file, size, rows.num_rows, list(errors.items())))
+            # Also the retries of whatever this process did before it wrote. No actor that keeps count: the one on a
+            # node that dies would take the run with it.
+            retries = list(take_weather().items())
+            receipts.append((shard, file, size, rows.num_rows, list(errors.items()), retries))
         return pa.table([list(column) for column in zip(*receipts, strict=True)], schema=_RECEIPT)
 
 
@@ -231,17 +204,18 @@ def run(
     progress.start(sum(expected.values()), "images")
     if not units:
         return Passed(entries, {})
-    weather: Any = ray.remote(num_cpus=0)(_Weather).remote()
-    source = _UnitSource(units, prepare, weather)
+    source = _UnitSource(units, prepare)
     keys = {path: shard.key for path, shard in shards.items()}
-    writer = _Writer(storage, keys, row_group_rows, weather)
+    writer = _Writer(storage, keys, row_group_rows)
     dataset = _pipeline(source, len(units), actor, actor_arguments, writer, resources, storage.is_local)
     open_entries = {path: ShardEntry(path, shard.fingerprint) for path, shard in shards.items()}
     sizes: dict[str, int] = {}
+    weather: Counter[str] = Counter()
     for receipt in _receipts(dataset):
         entry = open_entries[receipt["shard"]]
         entry.files[receipt["file"]] = receipt["rows"]
         sizes[receipt["file"]] = receipt["bytes"]
+        weather.update(dict(receipt["retries"]))
         for code, count in receipt["errors"]:
             entry.errors[code] = entry.errors.get(code, 0) + count
         progress.advance(receipt["rows"])
@@ -257,7 +231,8 @@ def run(
             got=f"{unbalanced[0].rows} rows ({len(unbalanced)} shards differ)",
             hint="run the same command again: finished shards are kept, these are redone",
         )
-    return Passed(entries, dict(Counter(ray.get(weather.total.remote())) + Counter(take_weather())))
+    weather.update(take_weather())
+    return Passed(entries, dict(weather))
 
 
 def _pipeline(

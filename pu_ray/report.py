@@ -53,6 +53,8 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
         }
     if gate := done.get("cascade"):
         summary["cascade"] = _cascade(gate, features)
+    if features is not None and features.facts["scaled_decode"] is not None:
+        summary["scaled_decode"] = features.facts["scaled_decode"]
     summary["storage_retries"] = _storage_retries(done)
     if fitted := done.get("fit"):
         prior = fitted.facts["prior"]

@@ -121,7 +121,13 @@ COUNTS: Mapping[str, Mapping[str, int]] = {
     "export": {"parity_images": 8, "parameters": 1_234},
 }
 FACTS: Mapping[str, Mapping[str, Any]] = {
-    "features": {"errors": {"truncated": 2}, "engine": "onnx", "whole_lake": True, "storage_retries": {}},
+    "features": {
+        "errors": {"truncated": 2},
+        "engine": "onnx",
+        "whole_lake": True,
+        "scaled_decode": None,
+        "storage_retries": {},
+    },
     "fit": {
         "classes": CLASSES,
         "proxy_auc": 0.97,

@@ -7,11 +7,12 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
-from artifacts import identity_columns, job, picture, png
+from artifacts import encode, identity_columns, job, picture, png
 
 from pu_ray import embedding, images, lake, schema
 from pu_ray.config import PreprocessingConfig
 from pu_ray.embedding import Embedder, FeatureCache, Gate
+from pu_ray.errors import DataError
 from pu_ray.storage import Storage
 
 PREPROCESSING = PreprocessingConfig(size_px=24)
@@ -333,3 +334,54 @@ def test_a_gate_that_spares_nothing_or_everything_is_refused(teacher_job, gate, 
     for stages in (3, 4):
         with pytest.raises(ConfigError, match="cascade_stages"):
             embedding.engine_recipe(teacher_job, Storage(str(tmp_path / "x")), Gate(gate.storage, stages, 0.0))
+
+
+# -- scaled decoding ---------------------------------------------------------------------------------------
+
+
+def photographs() -> pa.Table:
+    """Large JPEGs, a PNG, and a file that is no image."""
+    contents = [encode(picture(seed, side=400), "JPEG", quality=92) for seed in range(6)]
+    contents += [png(7, side=400), b"not an image"]
+    columns = {
+        **identity_columns(contents),
+        schema.BYTES: pa.array(contents, pa.large_binary()),
+        schema.ERROR: pa.nulls(len(contents), pa.string()),
+    }
+    return pa.table(columns, schema=schema.encoded())
+
+
+class Pernickety(FakeEngine):
+    """Its answer is the parity of the pixels' sum, which any change of a pixel may change."""
+
+    def run(self, batch):
+        odd = batch.reshape(len(batch), -1).sum(axis=1) % 2
+        return [np.zeros((len(batch), 2), np.float32), np.stack([odd, 1 - odd], axis=1).astype(np.float32)]
+
+
+def test_scaled_decoding_is_compared_on_a_sample_and_recorded():
+    found = embedding.check_scaled_decode(job(lake={"scaled_decode": True}), FakeEngine(), photographs())
+    assert (found["images"], found["decoded_smaller"]) == (7, 6)
+    assert 0 < found["mean_pixel_difference"] < 6
+    assert found["mean_pixel_difference"] < found["largest_pixel_difference"]
+    assert found["agreement"] >= 0.95
+
+
+def test_scaled_decoding_that_changes_the_answers_is_refused():
+    with pytest.raises(DataError, match=r"scaled_decode(.|\n)*min_scaled_agreement"):
+        embedding.check_scaled_decode(job(lake={"scaled_decode": True}), Pernickety(), photographs())
+    lenient = job(lake={"scaled_decode": True, "min_scaled_agreement": 0.0})
+    assert embedding.check_scaled_decode(lenient, Pernickety(), photographs())["agreement"] < 0.95
+
+
+def test_a_lake_without_a_usable_image_cannot_be_compared_and_is_not_refused():
+    found = embedding.check_scaled_decode(job(), FakeEngine(), photographs().slice(7))
+    assert (found["images"], found["agreement"]) == (0, None)
+
+
+def test_the_decoder_of_a_job_decodes_as_the_job_says():
+    plain, scaled = (
+        embedding.decoder(job(lake={"scaled_decode": choice}))(photographs())[schema.PIXELS] for choice in (False, True)
+    )
+    assert plain != scaled
+    assert plain.slice(6) == scaled.slice(6)  # no JPEG, no difference

@@ -309,6 +309,7 @@ def test_a_cascade_reports_what_it_saved_and_what_it_lost(tmp_path, no_plots):
         "positives_lost": 1,
     }
     page = Page(report.render(config, storage, summary))
+    assert "decoded at a smaller scale" not in page.text
     assert "30 of 40 images spared the late stages; 1 of 21 held-out labeled images lost" in page.text
     assert "throttled 3" in page.text
 
@@ -320,3 +321,16 @@ def test_without_a_feature_cache_the_scores_know_the_lake(tmp_path):
     publish(storage.child("features"), "features", counts={**COUNTS["features"], "rows": 9, "errors": 0}, facts=sample)
     summary = summarise(config)
     assert (summary["lake_rows"], summary["error_rows"], summary["scored_rows"]) == (40, 2, 38)
+
+
+def test_scaled_decoding_is_shown_with_what_it_changed(tmp_path, no_plots):
+    checked = {
+        "images": 200,
+        "decoded_smaller": 180,
+        "mean_pixel_difference": 0.31,
+        "largest_pixel_difference": 9,
+        "agreement": 0.995,
+    }
+    config = make(tmp_path, "materialise", facts={"features": {"scaled_decode": checked}})
+    assert summarise(config)["scaled_decode"] == checked
+    assert "the same on 99.5 % of 200 images; pixels differ by 0.31 of 255" in Page(render(config)).text
