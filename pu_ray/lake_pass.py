@@ -232,7 +232,7 @@ def run(
             hint="run the same command again: finished shards are kept, these are redone",
         )
     weather.update(take_weather())
-    return Passed(entries, dict(weather))
+    return Passed(entries, dict(+weather))
 
 
 def _pipeline(

@@ -235,7 +235,9 @@ class Storage:
         return Path(self.root())
 
     def root(self) -> str:
-        """The path inside the filesystem: absolute for local folders, `bucket/key` for S3."""
+        """The path inside the filesystem: absolute for local folders, `bucket/key` for S3, the URL itself for HTTP."""
+        if self.scheme in ("http", "https"):
+            return self.uri
         place = self.uri.partition("://")[2] if "://" in self.uri else self.uri
         return os.path.abspath(os.path.expanduser(place)) if self.is_local else place
 
@@ -641,7 +643,11 @@ def storage_for_ray(storage: Storage) -> tuple[pafs.FileSystem, str]:
 
 
 class _PatientS3(pafs.FileSystemHandler):  # type: ignore[misc]
-    """S3 as pyarrow's, with each call tried again in bad weather; pickled without state, so without credentials."""
+    """S3 with each call tried again in bad weather; pickled without state, so without credentials.
+
+    Contents travel through s3fs: pyarrow copies folders in its own thread pool, and its S3 needs a thread of that pool
+    to write, so that eight files at once would wait for each other for good.
+    """
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _PatientS3)
@@ -692,11 +698,8 @@ class _PatientS3(pafs.FileSystemHandler):  # type: ignore[misc]
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        def read() -> pa.Buffer:
-            with _client("pyarrow", _s3_filesystem).open_input_stream(path) as stream:
-                return stream.read_buffer()
-
-        return pa.BufferReader(_retry_weather(read)())
+        content = _retry_weather(_ask_s3)("get_object", lambda client: client.cat_file(path, max_concurrency=1))
+        return pa.BufferReader(content)
 
     def open_output_stream(self, path: str, metadata: object) -> pa.NativeFile:
         return pa.PythonFile(_Upload(path), mode="w")
@@ -729,11 +732,8 @@ class _Upload:
         if not self.closed:
             content = self._content.getvalue()
             self._content.close()
-            _retry_weather(self._put)(content)
-
-    def _put(self, content: bytes) -> None:
-        with _client("pyarrow", _s3_filesystem).open_output_stream(self._path) as stream:
-            stream.write(content)
+            bucket, _, key = self._path.partition("/")
+            _retry_weather(_call_s3)("put_object", Bucket=bucket, Key=key, Body=content)
 
 
 # -- listing -----------------------------------------------------------------------------------------------
@@ -919,7 +919,13 @@ def _s3fs() -> Any:
 
 
 def _call_s3(method: str, **arguments: Any) -> dict[str, Any]:
-    """One request, with what is wrong told as pyarrow tells it.
+    """One request, see `_ask_s3`."""
+    answer: dict[str, Any] = _ask_s3(method, lambda client: client.call_s3(method, **arguments))
+    return answer
+
+
+def _ask_s3(method: str, ask: Callable[[Any], Any]) -> Any:
+    """Let s3fs do something, with what is wrong told as pyarrow tells it.
 
     Raises:
         FileNotFoundError: No such key or bucket.
@@ -927,7 +933,7 @@ def _call_s3(method: str, **arguments: Any) -> dict[str, Any]:
     """
     client = _client("s3fs", _s3fs)
     try:
-        answer: dict[str, Any] = client.call_s3(method, **arguments)
+        return ask(client)
     except Exception as error:
         # botocore's and aiohttp's own kinds are no OSError.
         library = type(error).__module__.partition(".")[0]
@@ -939,7 +945,6 @@ def _call_s3(method: str, **arguments: Any) -> dict[str, Any]:
         about, status = response.get("Error", {}), response["ResponseMetadata"]["HTTPStatusCode"]
         text = f"AWS Error {about.get('Code')} (HTTP status {status}) during {method}: {about.get('Message')}"
         raise (FileNotFoundError(text) if status == 404 else OSError(text)) from error
-    return answer
 
 
 def _or_nothing(method: str, **arguments: Any) -> dict[str, Any]:

@@ -1109,3 +1109,41 @@ def test_the_fingerprint_of_a_labeled_collection_follows_its_content_and_its_cla
     assert renamed != before
     (labeled / "cat" / "3.png").write_bytes(CONTENTS[3])
     assert lake.labeled_fingerprint(str(labeled)) not in (before, renamed)
+
+
+# -- the web -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def website(tmp_path):
+    """A web server on this machine; gives its address and its folder."""
+    import functools
+    import http.server
+    import threading
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    folder = tmp_path / "site"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_images_on_the_web_are_fetched_and_missing_ones_are_error_rows(tmp_path, website):
+    address, folder = website
+    for k in range(3):
+        (folder / f"{k} ö.png").write_bytes(CONTENTS[k])
+    uris = [f"{address}/{k}%20%C3%B6.png" for k in range(3)] + [f"{address}/gone.png"]
+    (tmp_path / "lake").mkdir()
+    (tmp_path / "lake/list.uris").write_text("\n".join(uris))
+    table = read_all(config_of(tmp_path / "lake"))
+    assert table[schema.SAMPLE_ID].to_pylist() == [*IDS[:3], None]
+    assert table[schema.NAME].to_pylist() == uris
+    assert table[schema.ERROR].to_pylist() == [None, None, None, "unreadable"]
