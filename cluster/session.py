@@ -51,6 +51,10 @@ _CONNECT_TIMEOUT_S = 10.0
 # are thin too, except in a verbose session.
 _BACKEND_LEVEL_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
 
+# A private Ray would start one worker per logical CPU, of which there are more than cores and than most passes use:
+# each costs over a second and 100 MB.
+_PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
+
 # Ray sets this for the driver of a submitted job.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -157,7 +161,7 @@ def private_token(environment: Mapping[str, str]) -> dict[str, str]:
 
 def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables a private Ray and its workers run with, beyond or instead of the given ones."""
-    wanted = {"RAY_USAGE_STATS_ENABLED": "0", **WORKER_ENVIRONMENT}
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", _PRESTART_VARIABLE: "0", **WORKER_ENVIRONMENT}
     changes = {key: value for key, value in wanted.items() if key not in environment}
     root = Path(pu_ray.__file__).parents[1]
     if root.name not in ("site-packages", "dist-packages"):

@@ -119,7 +119,9 @@ class FeaturesConfig(_Section):
     engine: Literal["auto", "torch", "onnx"] = Field(
         default="auto", description="auto: torch on a GPU, ONNX Runtime on a CPU."
     )
-    batch_size: PositiveInt = 128
+    batch_size: Literal["auto"] | PositiveInt = Field(
+        default="auto", description="Images of one forward pass; auto: 256 on a GPU, what fits the caches on a CPU."
+    )
     compile: bool = Field(default=False, description="torch.compile on a GPU: minutes at start, faster afterwards.")
     cache: bool = Field(
         default=True,

@@ -7,7 +7,7 @@ decodes as well: encoded bytes travel through the object store, decoded pixels n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,10 @@ from pu_ray.storage import Storage
 Decode = Callable[[pa.Table], pa.Table]
 
 GATE_FILE = "gate.onnx"
-_ENGINE_FILE = "_engine/{name}.onnx"  # hidden from listings: a means, not a result
+_ENGINE_FILE = "_engine/{key}-{name}.onnx"  # hidden from listings: a means, not a result
+_GPU_BATCH = 256
+_CPU_BATCH_BYTES = 5 * 2**19  # of uint8 pixels: 16 images of 224 x 224
+_LEAST_CPU_BATCH, _MOST_CPU_BATCH = 8, 128
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -39,6 +42,20 @@ def engine_kind(config: JobConfig) -> str:
     if config.features.engine != "auto":
         return config.features.engine
     return "torch" if config.resources.embed.gpus > 0 else "onnx"
+
+
+def batch_size(config: JobConfig) -> int:
+    """Images of one forward pass.
+
+    On a CPU small images gain nothing beyond 128, and large ones lose a third of their speed where the activations of a
+    batch outgrow the caches (docs/LOG.md).
+    """
+    if config.features.batch_size != "auto":
+        return config.features.batch_size
+    if config.resources.embed.gpus > 0:
+        return _GPU_BATCH
+    fitting = _CPU_BATCH_BYTES // int(np.prod(config.teacher.preprocessing.shape_hwc))
+    return max(_LEAST_CPU_BATCH, min(_MOST_CPU_BATCH, 1 << (max(fitting, 1).bit_length() - 1)))
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,8 @@ def _open_onnx(storage: Storage, file: str, threads: int) -> Engine:
     return engine.OnnxEngine(storage.read_bytes(file), threads)
 
 
-def _open_onnx_cascade(storage: Storage, gate: Gate, from_pixels: bool, threads: int) -> Engine:
-    early, late = (_open_onnx(storage, _ENGINE_FILE.format(name=name), threads) for name in ("early", "late"))
+def _open_onnx_cascade(storage: Storage, files: Sequence[str], gate: Gate, from_pixels: bool, threads: int) -> Engine:
+    early, late = (_open_onnx(storage, file, threads) for file in files)
     return engine.Cascade(early, _open_onnx(gate.storage, GATE_FILE, threads), late, gate.threshold, from_pixels)
 
 
@@ -87,13 +104,15 @@ def _open_torch(teacher: TeacherConfig, gate: Gate | None, device: str, compiled
     )
 
 
-def engine_recipe(config: JobConfig, target: Storage, gate: Gate | None) -> Callable[[], Engine]:
+def engine_recipe(config: JobConfig, target: Storage, gate: Gate | None, teacher_content: str) -> Callable[[], Engine]:
     """A picklable recipe for the actors; ONNX graphs are written once, so that they need not import torch.
 
     Args:
         config: The job.
-        target: An artifact's folder, for the graphs.
+        target: The features' folder, where the graphs are kept: the stage that comes later finds them there, and need
+            not import torch either.
         gate: The cascade's, if there is one.
+        teacher_content: Digest of weights and class list.
 
     Returns:
         Opens the network that maps uint8 [N, H, W, C] to features [N, D] and logits [N, K], and with a gate margins.
@@ -101,17 +120,41 @@ def engine_recipe(config: JobConfig, target: Storage, gate: Gate | None) -> Call
     if engine_kind(config) == "torch":
         device = "cuda" if config.resources.embed.gpus > 0 else "cpu"
         return partial(_open_torch, config.teacher, gate, device, config.features.compile)
+    threads = max(1, int(config.resources.embed.cpus))
+    stages = gate.stages if gate is not None else 0
+    key = settings_of.digest([config.section("teacher"), teacher_content, stages])[:16]
+    if gate is None:
+        file = _ENGINE_FILE.format(key=key, name="teacher")
+        if target.kind(file) != "file":
+            target.write_bytes(file, _whole_graph(config))
+        return partial(_open_onnx, target, file, threads)
+    files = [_ENGINE_FILE.format(key=key, name=name) for name in ("early", "late")]
+    note = _ENGINE_FILE.format(key=key, name="cut").replace(".onnx", ".json")
+    if target.kind(note) != "file":
+        early, late, from_pixels = _cut_graphs(config, gate.stages)
+        for file, graph in zip(files, (early, late), strict=True):
+            target.write_bytes(file, graph)
+        target.write_json(note, {"from_pixels": from_pixels})
+    from_pixels = bool(target.read_json(note)["from_pixels"])
+    return partial(_open_onnx_cascade, target, files, gate, from_pixels, threads)
+
+
+def _whole_graph(config: JobConfig) -> bytes:
     from pu_ray import models
 
     teacher, _ = models.load_teacher(config.teacher)
-    threads = max(1, int(config.resources.embed.cpus))
+    module = models.Normalised(teacher, config.teacher.preprocessing).eval()
     example = models.example_pixels(config.teacher.preprocessing)
-    if gate is None:
-        module = models.Normalised(teacher, config.teacher.preprocessing).eval()
-        graph = engine.to_onnx(module, example, input_name="pixels", output_names=["features", "logits"])
-        target.write_bytes(file := _ENGINE_FILE.format(name="teacher"), graph)
-        return partial(_open_onnx, target, file, threads)
-    staged = models.Normalised(models.StagedTeacher(teacher, gate.stages), config.teacher.preprocessing).eval()
+    return engine.to_onnx(module, example, input_name="pixels", output_names=["features", "logits"])
+
+
+def _cut_graphs(config: JobConfig, stages: int) -> tuple[bytes, bytes, bool]:
+    """The graphs before and after the gate, and whether the latter starts from the pixels."""
+    from pu_ray import models
+
+    teacher, _ = models.load_teacher(config.teacher)
+    staged = models.Normalised(models.StagedTeacher(teacher, stages), config.teacher.preprocessing).eval()
+    example = models.example_pixels(config.teacher.preprocessing)
     graph = engine.to_onnx(staged, example, input_name="pixels", output_names=["early", "activation", "late", "logits"])
     late = engine.cut_onnx(graph, ["activation"], ["late", "logits"])
     from_pixels = late is None
@@ -119,9 +162,7 @@ def engine_recipe(config: JobConfig, target: Storage, gate: Gate | None) -> Call
     late = late or engine.cut_onnx(graph, ["pixels"], ["late", "logits"])
     assert early is not None
     assert late is not None
-    for name, part in (("early", early), ("late", late)):
-        target.write_bytes(_ENGINE_FILE.format(name=name), part)
-    return partial(_open_onnx_cascade, target, gate, from_pixels, threads)
+    return early, late, from_pixels
 
 
 def decoder(config: JobConfig) -> Decode:
@@ -174,7 +215,7 @@ def check_scaled_decode(config: JobConfig, network: Engine, sample: pa.Table) ->
     for scaled in (False, True):
         decoded = lake.decode_table(sample, preprocessing, limits, scaled)
         pixels = usable_pixels(decoded, broken_rows(decoded), preprocessing.shape_hwc)
-        answers.append(engine.in_batches(network, pixels, config.features.batch_size)[1].argmax(axis=1))
+        answers.append(engine.in_batches(network, pixels, batch_size(config))[1].argmax(axis=1))
     found["agreement"] = float((answers[0] == answers[1]).mean())
     if found["agreement"] < config.lake.min_scaled_agreement:
         raise DataError(
@@ -198,7 +239,7 @@ def row_settings(config: JobConfig, inputs: Mapping[str, str]) -> str:
         "limits": [config.lake.max_image_bytes, config.lake.max_image_px],
         "scaled_decode": config.lake.scaled_decode,
         "engine": engine_kind(config),
-        "batch_size": config.features.batch_size,
+        "batch_size": batch_size(config),
         "gate": inputs.get("cascade"),
     }
     return settings_of.digest(parts)

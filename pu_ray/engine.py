@@ -11,6 +11,7 @@ Axes: N images, H, W, C; D feature width; K classes.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -74,6 +75,8 @@ class TorchEngine:
         self._module = module.eval().to(self._device)
         if self._device.type == "cuda":
             self._module = self._module.to(memory_format=torch.channels_last)
+        # A network keeps its stages' outputs between forward and pooling, so two threads must not run it at once.
+        self._lock = threading.Lock()
         self._call: Any = torch.compile(self._module, dynamic=True) if compiled else self._module
 
     def run(self, batch: Array) -> list[Array]:
@@ -88,6 +91,7 @@ class TorchEngine:
         if self._device.type == "cuda":
             tensor = tensor.pin_memory().to(self._device, non_blocking=True)
         with (
+            self._lock,
             torch.inference_mode(),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"),
         ):

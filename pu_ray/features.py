@@ -47,7 +47,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     todo = [shard for shard in wanted if shard.path not in finished]
     if finished and todo:
         progress.note(f"  {len(finished)} of {len(wanted)} shards are finished already")
-    checked = _check_scaled_decode(config, target, shards) if config.lake.scaled_decode else None
+    checked = _check_scaled_decode(config, target, shards, inputs["teacher"]) if config.lake.scaled_decode else None
     passed = lake_pass.Passed(finished, {})
     if todo:
         units = _units(config, shards, todo, sample)
@@ -61,9 +61,9 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             prepare=partial(embedding.find_or_decode, cache=cache, decode=in_task),
             actor=embedding.Embedder,
             actor_arguments={
-                "open_engine": embedding.engine_recipe(config, target, gate),
+                "open_engine": embedding.engine_recipe(config, target, gate, inputs["teacher"]),
                 "preprocessing": config.teacher.preprocessing,
-                "batch_size": config.features.batch_size,
+                "batch_size": embedding.batch_size(config),
                 "decode": in_actor,
                 "cache": cache,
             },
@@ -102,10 +102,10 @@ def _sample(config: JobConfig, shards: list[Shard]) -> list[Unit]:
     return lake_pass.sample_units(config, shards, math.ceil(_SAMPLE_RESERVE * config.scorer.unlabeled_sample))
 
 
-def _check_scaled_decode(config: JobConfig, target: Storage, shards: list[Shard]) -> dict[str, Any]:
+def _check_scaled_decode(config: JobConfig, target: Storage, shards: list[Shard], teacher: str) -> dict[str, Any]:
     units = lake_pass.sample_units(config, shards, _CHECKED_IMAGES)
     sample = pa.concat_tables(unit.read() for unit in units).slice(0, _CHECKED_IMAGES)
-    network = embedding.engine_recipe(config, target, None)()
+    network = embedding.engine_recipe(config, target, None, teacher)()
     return embedding.check_scaled_decode(config, network, sample)
 
 

@@ -333,10 +333,20 @@ _CORRELATION_ROUNDING = 1e-5  # float32 sums of 144 products
 
 def thumbnails(pixels_NHWC: Pixels) -> Pixels:
     """Greyscale miniatures by area averaging, uint8 [N, 12 * 12]: enough to recognise a copy, too little to be one."""
+    pixels_NHWC = _reduced(pixels_NHWC)
     grey = pixels_NHWC.mean(axis=3, dtype=np.float32)
     rows, columns = (_area_weights(length) for length in grey.shape[1:])
     small = np.rint(rows @ grey @ columns.T).astype(np.uint8)
     return np.ascontiguousarray(small.reshape(len(small), -1))
+
+
+def _reduced(pixels_NHWC: Pixels) -> Pixels:
+    """Large images at a whole fraction of their size: four pixels a cell and more are enough, and much cheaper."""
+    factor = min(pixels_NHWC.shape[1:3]) // (4 * THUMBNAIL_SIDE_PX)
+    if factor < 2 or not len(pixels_NHWC):
+        return pixels_NHWC
+    smaller = [np.asarray(Image.fromarray(image.squeeze()).reduce(factor)) for image in pixels_NHWC]
+    return np.stack(smaller).reshape(len(smaller), *smaller[0].shape[:2], -1)
 
 
 def _area_weights(length: int) -> npt.NDArray[np.float32]:

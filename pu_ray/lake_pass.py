@@ -248,11 +248,13 @@ def _pipeline(
     context.execution_options.resource_limits = ExecutionResources()
     context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
     embed, decode = resources.embed, resources.decode
+    alone = actor is not None and embed.gpus == 0
+    # Ray lets an actor read its own blocks where both ask for the same resources.
+    reader = embed if alone else decode
     dataset: ray.data.Dataset = ray.data.read_datasource(
-        source, override_num_blocks=units, num_cpus=decode.cpus, memory=decode.memory_gib * 2**30
+        source, override_num_blocks=units, num_cpus=reader.cpus, memory=reader.memory_gib * 2**30
     )
     whole_block: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    alone = actor is not None and embed.gpus == 0
     if actor is not None:
         together = {"open_actor": partial(actor, **actor_arguments), "writer": writer}
         dataset = dataset.map_batches(

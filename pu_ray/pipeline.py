@@ -9,7 +9,7 @@ only what was unfinished, and changing a setting redoes what depends on it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +17,7 @@ from typing import Any
 
 from pu_ray import config as settings_of
 from pu_ray import gate, lease, manifest
-from pu_ray.config import JobConfig
+from pu_ray.config import JobConfig, NetworkConfig
 from pu_ray.errors import ConfigError, DataError
 from pu_ray.manifest import Manifest
 from pu_ray.progress import Narrator
@@ -376,7 +376,8 @@ class Pipeline:
             known = identities(self.job, self._sources)
             self._sources.remember_lake()
             steps = [step for step in self._steps if step.verb == verb]
-            check_networks(self.job)
+            sections = {section.partition(".")[0] for step in steps for section in step.sections}
+            check_networks(self.job, [name for name in ("teacher", "student") if name in sections])
             own = {step.name for step in steps}
             for step in steps:
                 for needed in self._steps:
@@ -543,17 +544,20 @@ def check_paths(job: JobConfig) -> None:
             )
 
 
-def check_networks(job: JobConfig) -> None:
-    """Stop on a wrong network before a cluster is touched.
+def check_networks(job: JobConfig, roles: Sequence[str] = ("teacher", "student")) -> None:
+    """Stop on a wrong network before a cluster is touched; torch is imported only if there is one to check.
 
     Raises:
         ConfigError: Names the field.
         DataError: The class list cannot be used.
     """
+    if not roles:
+        return
     from pu_ray import models
 
     classes = models.read_classes(job.teacher.classes)
-    for setting, network in (("teacher", job.teacher), ("student", job.student)):
+    for setting in roles:
+        network: NetworkConfig = getattr(job, setting)
         try:
             built = models.build(network, len(classes), job.teacher.preprocessing.channels)
             if setting == "teacher":

@@ -29,6 +29,7 @@ from pu_ray.storage import Storage
 
 FOLDER = "scores"
 _SCORER_FILE = "scorer.onnx"
+_HEAD_BATCH = 1024  # feature rows are small
 
 
 def answer(block: pa.Table, scores: Any, logits: Any, broken: Any, thumbnails: pa.Array | None = None) -> pa.Table:
@@ -144,7 +145,7 @@ def _open_finetuned_torch(config: JobConfig, scorer: Storage) -> Engine:
     return engine.TorchEngine(scorers.with_teacher(finetuned, config), "cuda", config.features.compile)
 
 
-def _image_engine(config: JobConfig, storage: Storage) -> Callable[[], Engine]:
+def _image_engine(config: JobConfig, storage: Storage, teacher_content: str) -> Callable[[], Engine]:
     """A picklable recipe for the networks that look at images."""
     scorer = storage.child("scorer")
     if config.scorer.features == "finetuned":
@@ -155,7 +156,8 @@ def _image_engine(config: JobConfig, storage: Storage) -> Callable[[], Engine]:
     if config.features.cascade:
         cascade = storage.child("cascade")
         gate = embedding.Gate.of(cascade, manifest.require(cascade, "features"))
-    return partial(_open_head, embedding.engine_recipe(config, storage.child(FOLDER), gate), scorer)
+    open_teacher = embedding.engine_recipe(config, storage.child("features"), gate, teacher_content)
+    return partial(_open_head, open_teacher, scorer)
 
 
 # -- the stage ---------------------------------------------------------------------------------------------
@@ -181,18 +183,23 @@ def _from_features(config: JobConfig, storage: Storage, todo: Sequence[Shard]) -
         for entry in ledger.read_index(features).to_pylist()
         if entry["shard"] in by_path
     ]
-    arguments = {"scorer": storage.child("scorer"), "batch_size": config.features.batch_size}
+    arguments = {"scorer": storage.child("scorer"), "batch_size": _HEAD_BATCH}
     return _Work(units, None, FeatureScorer, arguments)
 
 
 def _from_images(
-    config: JobConfig, storage: Storage, shards: Sequence[Shard], todo: Sequence[Shard], classes: int
+    config: JobConfig,
+    storage: Storage,
+    shards: Sequence[Shard],
+    todo: Sequence[Shard],
+    classes: int,
+    teacher_content: str,
 ) -> _Work:
     in_task, in_actor = embedding.decode_where(config)
     arguments = {
-        "open_engine": _image_engine(config, storage),
+        "open_engine": _image_engine(config, storage, teacher_content),
         "preprocessing": config.teacher.preprocessing,
-        "batch_size": config.features.batch_size,
+        "batch_size": embedding.batch_size(config),
         "classes": classes,
         "decode": in_actor,
         "thumbnails": not config.features.cache,
@@ -225,7 +232,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         work = (
             _from_features(config, storage, todo)
             if cached
-            else _from_images(config, storage, shards, todo, len(fitted.facts["classes"]))
+            else _from_images(config, storage, shards, todo, len(fitted.facts["classes"]), inputs["teacher"])
         )
         passed = lake_pass.run(
             work.units,

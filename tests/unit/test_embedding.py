@@ -116,10 +116,31 @@ def test_torch_runs_on_gpus_and_onnx_elsewhere_unless_the_job_says_otherwise(eng
 def test_a_torch_engine_is_a_recipe_that_travels_to_workers():
     config = job(features={"engine": "torch"})
     nowhere = Storage("/nowhere")
-    recipe = pickle.loads(pickle.dumps(embedding.engine_recipe(config, nowhere, None)))
+    recipe = pickle.loads(pickle.dumps(embedding.engine_recipe(config, nowhere, None, "content")))
     assert recipe.args == (config.teacher, None, "cpu", False)
     on_gpu = job(features={"engine": "torch", "compile": True}, resources={"embed": {"gpus": 1}})
-    assert embedding.engine_recipe(on_gpu, nowhere, None).args[2:] == ("cuda", True)
+    assert embedding.engine_recipe(on_gpu, nowhere, None, "content").args[2:] == ("cuda", True)
+
+
+@pytest.mark.parametrize(
+    ("size_px", "channels", "gpus", "asked", "expected"),
+    [
+        (28, 1, 0, "auto", 128),
+        (32, 3, 0, "auto", 128),
+        (224, 3, 0, "auto", 16),
+        (600, 3, 0, "auto", 8),
+        (224, 3, 1, "auto", 256),
+        (224, 3, 0, 48, 48),
+    ],
+)
+def test_a_batch_is_as_large_as_pays(size_px, channels, gpus, asked, expected):
+    preprocessing = {"size_px": size_px, "channels": channels, "mean": [0.5] * channels, "std": [0.2] * channels}
+    config = job(
+        teacher={"preprocessing": preprocessing},
+        features={"batch_size": asked},
+        resources={"embed": {"gpus": gpus}},
+    )
+    assert embedding.batch_size(config) == expected
 
 
 def test_a_gpu_is_decoded_for_and_a_cpu_actor_decodes_itself():
@@ -309,12 +330,12 @@ def teacher_job(tmp_path):
 def test_a_cascade_gives_the_whole_networks_answers_to_those_that_pass(teacher_job, gate, kind, tmp_path):
     target = Storage(str(tmp_path / "engines"))
     config = teacher_job.model_copy(update={"features": teacher_job.features.model_copy(update={"engine": kind})})
-    whole = embedding.engine_recipe(config, target, None)()
+    whole = embedding.engine_recipe(config, target, None, "content")()
     pixels = np.stack([np.asarray(picture(seed)) for seed in range(64)])
     features, logits = whole.run(pixels)
-    margins = embedding.engine_recipe(config, target, gate)().run(pixels)[2]
+    margins = embedding.engine_recipe(config, target, gate, "content")().run(pixels)[2]
     middle = Gate(gate.storage, 1, float(np.median(margins)))
-    cascade = pickle.loads(pickle.dumps(embedding.engine_recipe(config, target, middle)))()
+    cascade = pickle.loads(pickle.dumps(embedding.engine_recipe(config, target, middle, "content")))()
     some, some_logits, margins = cascade.run(pixels)
     passed = margins >= 0
     assert 0.3 < passed.mean() < 0.7
@@ -333,7 +354,9 @@ def test_a_gate_that_spares_nothing_or_everything_is_refused(teacher_job, gate, 
 
     for stages in (3, 4):
         with pytest.raises(ConfigError, match="cascade_stages"):
-            embedding.engine_recipe(teacher_job, Storage(str(tmp_path / "x")), Gate(gate.storage, stages, 0.0))
+            embedding.engine_recipe(
+                teacher_job, Storage(str(tmp_path / "x")), Gate(gate.storage, stages, 0.0), "content"
+            )
 
 
 # -- scaled decoding ---------------------------------------------------------------------------------------
@@ -385,3 +408,23 @@ def test_the_decoder_of_a_job_decodes_as_the_job_says():
     )
     assert plain != scaled
     assert plain.slice(6) == scaled.slice(6)  # no JPEG, no difference
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_graphs_are_written_once_and_found_again_without_torch(teacher_job, gate, tmp_path, monkeypatch, gated):
+    target = Storage(str(tmp_path / "engines"))
+    used = gate if gated else None
+    embedding.engine_recipe(teacher_job, target, used, "content")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "engines").rglob("*") if path.is_file()}
+    assert len(before) == (3 if gated else 1)
+
+    def never(*_):
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr("pu_ray.models.load_teacher", never)
+    network = embedding.engine_recipe(teacher_job, target, used, "content")()
+    assert network.run(np.zeros((2, 24, 24, 3), np.uint8))[1].shape == (2, 2)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    # Another teacher, or its weights exchanged, is another graph.
+    with pytest.raises(AssertionError, match="the teacher was loaded"):
+        embedding.engine_recipe(teacher_job, target, used, "other content")

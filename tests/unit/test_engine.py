@@ -149,3 +149,76 @@ def test_the_export_says_nothing_on_stdout_and_leaves_the_logger_as_it_was(capfd
     engine.to_onnx(nn.Linear(3, 1).eval(), torch.randn(2, 3), input_name="x", output_names=["y"])
     assert capfd.readouterr().out == ""
     assert logger.level == before
+
+
+def test_threads_may_share_an_engine(teacher, graph, pixels):
+    # A CPU actor that waits for a remote storage works on another block meanwhile.
+    from concurrent.futures import ThreadPoolExecutor
+
+    for shared in (TorchEngine(teacher, "cpu"), OnnxEngine(graph)):
+        expected = shared.run(pixels)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(shared.run, [pixels] * 24))
+        for answer in answers:
+            for one, other in zip(answer, expected, strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+class Halves:
+    """A network whose features are the pixels' mean; with a gate it rejects the darker half."""
+
+    def __init__(self, gated: bool) -> None:
+        self._gated = gated
+
+    def run(self, batch):
+        features = batch.reshape(len(batch), -1).mean(axis=1, keepdims=True).astype(np.float32)
+        outputs = [features, np.concatenate([features, -features], axis=1)]
+        return [*outputs, features[:, 0] - np.median(features)] if self._gated else outputs
+
+
+class Double:
+    """A head."""
+
+    def run(self, batch):
+        return [2 * batch[:, 0]]
+
+
+def test_a_scorer_is_a_head_behind_a_network(pixels):
+    scores, logits = engine.Scorer(Halves(gated=False), Double()).run(pixels)
+    features, expected = Halves(gated=False).run(pixels)
+    np.testing.assert_array_equal(scores, 2 * features[:, 0])
+    np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_scorer_gives_what_the_gate_rejected_minus_infinity(pixels):
+    scores, _, margins = engine.Scorer(Halves(gated=True), Double()).run(pixels)
+    assert (np.isneginf(scores) == (margins < 0)).all()
+    assert 0 < np.isneginf(scores).sum() < len(pixels)
+    dark = pixels[margins < 0]
+    gated = Halves(gated=True)
+    gated.run = lambda batch: [*Halves(gated=False).run(batch), np.full(len(batch), -1.0)]
+    assert np.isneginf(engine.Scorer(gated, Double()).run(dark)[0]).all()
+
+
+def test_a_graph_is_cut_where_a_tensor_separates_it_and_nowhere_else(pixels):
+    class Two(nn.Module):
+        def forward(self, x_NHWC):
+            half = x_NHWC.float().mean(dim=(1, 2)) / 255
+            return half, half * 3, half + x_NHWC.float().amax(dim=(1, 2))
+
+    example = torch.from_numpy(pixels[:2])
+    graph = to_onnx(Two().eval(), example, input_name="pixels", output_names=["half", "triple", "mixed"])
+    first = OnnxEngine(engine.cut_onnx(graph, ["pixels"], ["half"]))
+    second = OnnxEngine(engine.cut_onnx(graph, ["half"], ["triple"]))
+    (half,) = first.run(pixels)
+    np.testing.assert_allclose(second.run(half)[0], 3 * half, rtol=1e-6)
+    # `mixed` needs the pixels beside the half.
+    assert engine.cut_onnx(graph, ["half"], ["mixed"]) is None
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_answers_for_any_batch(teacher, pixels):
+    plain, compiled = TorchEngine(teacher, "cpu"), TorchEngine(teacher, "cpu", compiled=True)
+    for images in (1, 5, 23):
+        for one, other in zip(plain.run(pixels[:images]), compiled.run(pixels[:images]), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)

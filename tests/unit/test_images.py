@@ -457,7 +457,8 @@ def test_thumbnails_are_pillows_box_filter_within_rounding(side, channels):
     for tile, mine in zip(pixels, small, strict=True):
         grey = Image.fromarray(tile.mean(axis=2).astype(np.float32))
         expected = np.asarray(grey.resize((12, 12), Image.Resampling.BOX)).reshape(-1)
-        assert np.abs(mine - expected).max() <= 0.51
+        # Large images are averaged in two steps, and rounded twice.
+        assert np.abs(mine - expected).max() <= (0.51 if side < 96 else 1.01)
 
 
 @pytest.mark.parametrize("side", [8, 13, 28, 32, 50, 224])
@@ -466,7 +467,7 @@ def test_thumbnails_are_area_averages_where_twelve_does_not_divide_the_side(side
     pixels = np.asarray(picture(0, side))[None, ..., :1]
     magnified = pixels[0, ..., 0].astype(float).repeat(12, axis=0).repeat(12, axis=1)
     expected = magnified.reshape(12, side, 12, side).mean(axis=(1, 3)).reshape(-1)
-    assert np.abs(images.thumbnails(pixels)[0] - expected).max() <= 0.51
+    assert np.abs(images.thumbnails(pixels)[0] - expected).max() <= (0.51 if side < 96 else 1.01)
 
 
 def test_a_thumbnail_keeps_rows_and_columns_apart():

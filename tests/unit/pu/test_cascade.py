@@ -86,7 +86,7 @@ def test_the_gate_rejects_most_letters_and_hardly_a_digit(task, tmp_path):
     assert published.facts["passing_share"] < 0.7
 
     # On the lake, by its truth: the graph that was published does what the manifest says.
-    network = embedding.engine_recipe(config, Storage(str(tmp_path / "engines")), gate)()
+    network = embedding.engine_recipe(config, Storage(str(tmp_path / "engines")), gate, "content")()
     known = pq.read_table(task / "truth.parquet")
     truth = dict(zip(known["sample_id"].to_pylist(), known["class"].to_pylist(), strict=True))
     shards = lake.list_shards(config.lake)
