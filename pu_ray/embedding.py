@@ -66,16 +66,19 @@ class Gate:
         storage: Its artifact.
         stages: How many early stages it sees.
         threshold: Least logit that passes.
+        spied_share: Share of the lake that is embedded whatever the gate says, see `spied`.
     """
 
     storage: Storage
     stages: int
     threshold: float
+    spied_share: float
 
     @classmethod
     def of(cls, storage: Storage, published: Manifest) -> Gate:
         """From the artifact's manifest."""
-        return cls(storage, int(published.facts["stages"]), float(published.facts["threshold"]))
+        facts = published.facts
+        return cls(storage, int(facts["stages"]), float(facts["threshold"]), float(facts["spied_share"]))
 
 
 def _open_onnx(storage: Storage, file: str, threads: int) -> Engine:
@@ -245,6 +248,17 @@ def row_settings(config: JobConfig, inputs: Mapping[str, str]) -> str:
     return settings_of.digest(parts)
 
 
+def spied(samples: Sequence[bytes | None], share: float) -> npt.NDArray[np.bool_]:
+    """Which images are in a random sample of the lake, by their content alone; bool [N].
+
+    The fit must see the lake as it is, not only what a gate lets pass: its negatives would be the few near ones, and
+    the share of positives another one. So a share of all images goes through the whole network.
+    """
+    bound = int(share * 2**32)
+    # The id is a cryptographic hash, so its first bytes are uniform.
+    return np.array([sample is not None and int.from_bytes(sample[:4], "big") < bound for sample in samples], bool)
+
+
 # -- the feature cache -------------------------------------------------------------------------------------
 
 
@@ -321,6 +335,7 @@ class Embedder:
         batch_size: Images of one forward pass.
         decode: For encoded rows; None where they come decoded.
         cache: Where others look for what this actor makes.
+        spied_share: Behind a gate: share of the images that get features whatever it says.
     """
 
     def __init__(
@@ -330,12 +345,14 @@ class Embedder:
         batch_size: int,
         decode: Decode | None = None,
         cache: FeatureCache | None = None,
+        spied_share: float = 0.0,
     ) -> None:
         self._engine = open_engine()
         self._shape = preprocessing.shape_hwc
         self._batch_size = batch_size
         self._decode = decode
         self._cache = cache
+        self._spied_share = spied_share
         # A block without a single usable image still needs the widths.
         probe = self._engine.run(np.zeros((1, *self._shape), np.uint8))
         self._widths = [output.shape[1] for output in probe[:2]]
@@ -356,6 +373,7 @@ class Embedder:
         outputs = [np.zeros((len(broken), width), np.float32) for width in self._widths]
         miniatures = np.zeros((len(broken), schema.THUMBNAIL_PX), np.uint8)
         margins: Any = None
+        absent = broken
         if not broken.all():
             pixels = usable_pixels(block, broken, self._shape)
             values = engine.in_batches(self._engine, pixels, self._batch_size)
@@ -365,13 +383,24 @@ class Embedder:
             if len(values) > 2:
                 margins = np.zeros(len(broken), np.float32)
                 margins[~broken] = values[2]
+                absent = broken | (margins < 0)
+                if (chosen := absent & ~broken & spied(block[schema.SAMPLE_ID].to_pylist(), self._spied_share)).any():
+                    self._embed_whole(pixels[chosen[~broken]], chosen, outputs)
+                    absent = absent & ~chosen
         features = np.clip(outputs[0], -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)
-        absent = broken if margins is None else broken | (margins < 0)
         identity = [block[name].combine_chunks() for name in schema.IDENTITY_COLUMNS]
         lists = [lake.fixed_list(features, absent), lake.fixed_list(outputs[1], absent)]
         lists.append(lake.fixed_list(miniatures, broken))
         gate = pa.nulls(len(broken), pa.float32()) if margins is None else pa.array(margins, mask=broken)
         return pa.table([*identity, *lists, gate, block[schema.ERROR]], schema=schema.features(*self._widths))
+
+    def _embed_whole(self, pixels: Any, chosen: Any, outputs: list[Any]) -> None:
+        assert isinstance(self._engine, engine.Cascade)
+        for start in range(0, len(pixels), self._batch_size):
+            rows = np.flatnonzero(chosen)[start : start + self._batch_size]
+            whole = self._engine.run_whole(pixels[start : start + self._batch_size])
+            for output, part in zip(outputs, whole, strict=True):
+                output[rows] = part
 
 
 def usable_pixels(block: pa.Table, broken: Any, shape_hwc: tuple[int, int, int]) -> Any:

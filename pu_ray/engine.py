@@ -144,6 +144,12 @@ class Cascade:
         self._from_pixels = from_pixels
         self._widths: list[int] | None = None
 
+    def run_whole(self, batch: Array) -> list[Array]:
+        """Features and logits of every image, whatever the gate says of it."""
+        early, *activation = self._early.run(batch)
+        late, logits = self._late.run(batch if self._from_pixels else activation[0])
+        return [np.concatenate([early, late], axis=1), logits]
+
     def run(self, batch: Array) -> list[Array]:
         """Features [N, D] and logits [N, K], zero where the gate rejects; margins [N], negative there."""
         early, *activation = self._early.run(batch)

@@ -66,6 +66,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
                 "batch_size": embedding.batch_size(config),
                 "decode": in_actor,
                 "cache": cache,
+                "spied_share": _spied_share(gate, sample),
             },
             resources=config.resources,
             progress=progress,
@@ -87,7 +88,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         "rows_done_now": passed.rows_of(todo),
     }
     if gate is not None:
-        counts["spared"] = _spared(target)
+        counts["spared"] = _spared(target, _spied_share(gate, sample))
     return publication.publish(target, counts=counts, facts=facts)
 
 
@@ -124,10 +125,18 @@ def _units(config: JobConfig, shards: list[Shard], todo: list[Shard], sample: li
     return [unit for unit in sample if unit.shard.path in paths]
 
 
-def _spared(features: Storage) -> int:
-    """Images that the cascade's gate rejected."""
+def _spied_share(gate: embedding.Gate | None, sample: list[Unit] | None) -> float:
+    """A sample that is drawn for the fit is embedded as a whole."""
+    if gate is None:
+        return 0.0
+    return gate.spied_share if sample is None else 1.0
+
+
+def _spared(features: Storage, spied_share: float) -> int:
+    """Images that were spared the late stages."""
     spared = 0
     for file in ledger.data_files(features):
-        margins = features.read_table(file, [schema.GATE])[schema.GATE]
-        spared += pc.sum(pc.less(margins, 0)).as_py() or 0
+        table = features.read_table(file, [schema.SAMPLE_ID, schema.GATE])
+        rejected = pc.fill_null(pc.less(table[schema.GATE], 0), False).to_numpy()
+        spared += int((rejected & ~embedding.spied(table[schema.SAMPLE_ID].to_pylist(), spied_share)).sum())
     return spared

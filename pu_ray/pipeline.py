@@ -76,6 +76,7 @@ STEPS = (
             *_NETWORKS,
             *_IMAGES,
             "scorer.split",
+            "scorer.unlabeled_sample",
             "features.cascade_stages",
             "features.cascade_recall",
             "features.cascade_sample",
@@ -238,18 +239,22 @@ class Sources:
         It stays what it was while all of it is still there: a lake that only grew needs no new fit. One that lost or
         changed a shard is another lake.
         """
-        present = self._shards
-        storage = Storage(self._job.output)
-        if self._job.scorer.on_new_shards == "keep" and storage.kind(_BASE_FILE) == "file":
-            table = storage.read_table(_BASE_FILE)
-            base = dict(zip(table["shard"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
-            if base.items() <= present.items():
-                return settings_of.digest(sorted(base.items()))
+        base = self._remembered
+        if self._job.scorer.on_new_shards == "keep" and base is not None and base.items() <= self._shards.items():
+            return settings_of.digest(sorted(base.items()))
         return self.lake
+
+    @cached_property
+    def _remembered(self) -> dict[str, str] | None:
+        storage = Storage(self._job.output)
+        if storage.kind(_BASE_FILE) != "file":
+            return None
+        table = storage.read_table(_BASE_FILE)
+        return dict(zip(table["shard"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
 
     def remember_lake(self) -> None:
         """Keep today's listing as the base of what is fitted now, unless an earlier one still is it."""
-        if self.lake_base == self.lake:
+        if self.lake_base == self.lake and self._remembered != self._shards:
             import pyarrow as pa
 
             listing = {"shard": list(self._shards), "fingerprint": list(self._shards.values())}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pu_ray import config as settings_of
 from pu_ray import embedding, engine, images, lake, lake_pass, ledger, manifest, schema
@@ -71,7 +72,7 @@ class FeatureScorer:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Rows of `schema.features` to rows of `schema.scores`."""
         broken = broken_rows(block)
-        spared = (block[schema.FEATURES].is_null().to_numpy() & ~broken)[~broken]
+        spared = pc.fill_null(pc.less(block[schema.GATE], 0), False).to_numpy()[~broken]
         logits = lake.to_matrix(block[schema.LOGITS])[~broken]
         scores = np.full(len(logits), -np.inf, np.float32)
         if not spared.all():

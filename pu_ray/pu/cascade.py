@@ -11,7 +11,7 @@ Writes `cascade/`: gate.onnx and labeled.parquet (margin of each labeled image).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from pu_ray import embedding, engine, lake, lake_pass, models, schema
 from pu_ray.config import JobConfig, OptimizerConfig, ScorerConfig
 from pu_ray.errors import DataError
+from pu_ray.lake import Shard
 from pu_ray.lake_pass import Unit
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.progress import Progress
@@ -34,6 +35,7 @@ MARGIN = "margin"
 # Labeled images look a little better to their teacher than the lake's: half of that distance lost 4 % (docs/LOG.md).
 _SLACK = 1.0
 _READERS = 4
+_RESERVE = 1.25
 # A gate is a small head on few features: no attention, and no more passes than it needs to converge.
 _FIT = ScorerConfig(
     attention=False, hidden=64, epochs=20, batch_size=256, optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1)
@@ -67,7 +69,8 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     roles = training.assign_roles(labeled.ids, labeled.labels, config.scorer.split, config.seed)
     positive = _early(staged, labeled.pixels(preprocessing, config.labeled.uri))
     shards = lake.list_shards(config.lake, progress.found)
-    pixels = _decoded(config, lake_pass.sample_units(config, shards, settings.cascade_sample), set(labeled.ids))
+    units = lake_pass.sample_units(config, shards, settings.cascade_sample)
+    pixels = _decoded(config, units, set(labeled.ids))
     if min(len(pixels) // 2, roles.count("train"), roles.count("validate")) < 10:
         raise DataError(
             "too few images to fit the cascade's gate on",
@@ -106,8 +109,20 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             "threshold": threshold,
             "proxy_auc": fitted.proxy_auc,
             "passing_share": passing,
+            "spied_share": _spied_share(config, shards, units),
         },
     )
+
+
+def _spied_share(config: JobConfig, shards: Sequence[Shard], units: Sequence[Unit]) -> float:
+    """What share of the lake is a sample for the fit, with a reserve for copies and unusable images.
+
+    The lake's rows are reckoned by bytes from the shards of the units, which have been opened already.
+    """
+    opened = {unit.shard.path: unit.shard.size_bytes for unit in units}
+    rows = sum(unit.rows for unit in lake_pass.lake_units(config, shards, list({u.shard for u in units})))
+    lake_rows = rows * sum(shard.size_bytes for shard in shards) / max(1, sum(opened.values()))
+    return min(1.0, _RESERVE * config.scorer.unlabeled_sample / max(lake_rows, 1.0))
 
 
 def _early(staged: models.Normalised, pixels: Any) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Stage `fit`: learn the PU scorer from labeled positives and a sample of the lake (paper, section 3.1).
 
 The labeled images are shared out once: for training, for choosing the epoch, and for the promises; a calibration image
-does nothing else. How the scorer learns is in training.py. Behind a cascade it learns among the images that passed the
-gate, and a calibration positive that the gate rejected counts as lost.
+does nothing else. How the scorer learns is in training.py. Behind a cascade it learns on the same random sample as
+without (embedding.spied), and a calibration positive that the gate rejects counts as lost.
 
 Writes `scorer/`: scorer.safetensors, scorer.onnx, labeled.parquet (who plays which role), calibration.parquet
 (scores of calibration positives) and unlabeled.parquet (scores of held-out lake images).
@@ -11,13 +11,12 @@ Writes `scorer/`: scorer.safetensors, scorer.onnx, labeled.parquet (who plays wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +31,6 @@ from pu_ray.pu.prior import Prior, estimate_prior
 from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, fit_scorer, rank, scores_of, streams_of
 from pu_ray.storage import Storage
 
-_LARGEST_PRIOR = 0.99  # a risk needs some negatives
 # Files are drawn at random until they hold this many times the sample, so that a large lake is not read whole.
 _OVERSAMPLING = 4
 
@@ -56,28 +54,29 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     pixels = torch.from_numpy(labeled.pixels(config.teacher.preprocessing, config.labeled.uri))
     normalised = models.Normalised(teacher, config.teacher.preprocessing).eval()
     features_storage = storage.child("features")
-    drawn = draw_unlabeled(features_storage, settings.unlabeled_sample, config.seed, exclude=set(labeled.ids))
-    sample = drawn.rows
+    sample = draw_unlabeled(
+        features_storage,
+        settings.unlabeled_sample,
+        config.seed,
+        exclude=set(labeled.ids),
+        spied_share=_spied_share(config, storage),
+    )
     if sample.num_rows < 20:
         raise DataError(
             "the lake is too small to learn from",
             where=config.lake.uri,
             allowed="20 usable images or more",
-            got=f"{sample.num_rows} of {drawn.seen} looked at",
+            got=str(sample.num_rows),
         )
-    passed = _passed_gate(config, storage, labeled)
-    behind_gate = [role if through else "rejected" for role, through in zip(roles, passed, strict=True)]
     frozen = streams_of(
         _features_of(normalised, pixels),
         torch.from_numpy(lake.to_matrix(sample[schema.FEATURES]).astype(np.float32)),
-        behind_gate,
+        roles,
     )
 
     torch.manual_seed(config.seed)
     ranking = _ranking_head(config, frozen, progress)
-    # P(pass) / P(pass | positive): what turns a prior behind the gate into the lake's.
-    over_gate = drawn.passed / drawn.seen / max(float(passed.mean()), 1e-9)
-    prior, prior_source = _prior(config, ranking.module, frozen, over_gate)
+    prior, prior_source = _prior(config, ranking.module, frozen)
     if settings.features == "finetuned":
         streams = streams_of(pixels, _lake_pixels(config, sample), roles)
         module: nn.Module = scorers.new_finetuned(config).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,8 +91,8 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
 
     target = storage.child("scorer")
     target.delete()
-    lost = sum(role == "calibrate" and behind == "rejected" for role, behind in zip(roles, behind_gate, strict=True))
-    calibration = np.r_[scores_of(fitted.module, streams.positive_calibrate), np.full(lost, -np.inf, np.float32)]
+    calibration = scores_of(fitted.module, streams.positive_calibrate)
+    calibration[~_passed_gate(config, storage, labeled)[[role == "calibrate" for role in roles]]] = -np.inf
     held_out = scores_of(fitted.module, streams.unlabeled_validate)
     _write(target, config, fitted.module, frozen.positive_train.shape[1])
     _write_tables(target, labeled, roles, calibration, held_out)
@@ -104,7 +103,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         facts={
             "kind": settings.kind,
             "features": settings.features,
-            "prior": asdict(_scaled(prior, over_gate)) | {"source": prior_source},
+            "prior": asdict(prior) | {"source": prior_source},
             "lake_rows": manifest.require(features_storage, "features").counts["rows"],
             "epoch": fitted.epoch,
             "proxy_auc": fitted.proxy_auc,
@@ -131,23 +130,18 @@ def _require_enough(roles: list[str], config: JobConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A random sample of the lake.
-
-    Attributes:
-        rows: Rows of `schema.features` that have features, in random order.
-        seen: Distinct usable images among which they were drawn, those that the cascade's gate rejected included.
-        passed: How many of these have features.
-    """
-
-    rows: pa.Table
-    seen: int
-    passed: int
-
-
-def draw_unlabeled(features: Storage, count: int, seed: int, exclude: set[bytes]) -> Drawn:
+def draw_unlabeled(features: Storage, count: int, seed: int, exclude: set[bytes], spied_share: float = 1.0) -> pa.Table:
     """A random sample of the lake's usable, distinct images, the same whatever order the lake was read in.
+
+    Args:
+        features: The artifact.
+        count: Most rows.
+        seed: Of the choice.
+        exclude: Contents that are never drawn.
+        spied_share: Behind a gate, only this share of the images has features whatever the gate says.
+
+    Returns:
+        Rows of `schema.features`, at most `count`, in random order.
 
     Raises:
         DataError: There is none.
@@ -155,20 +149,18 @@ def draw_unlabeled(features: Storage, count: int, seed: int, exclude: set[bytes]
     index = ledger.read_index(features).to_pylist()
     index.sort(key=lambda entry: rank(entry["file"].encode(), seed))
     candidates: dict[bytes, tuple[bytes, str, int]] = {}
-    seen = set(exclude)
-    rows = 0
+    rows = 0.0
     for entry in index:
         if rows >= _OVERSAMPLING * count:
             break
-        table = features.read_table(entry["file"], [schema.SAMPLE_ID, schema.GATE, schema.ERROR])
-        passed = pc.fill_null(pc.greater_equal(table[schema.GATE], 0), True).to_pylist()
-        rows += sum(passed)
-        columns = (table[schema.SAMPLE_ID].to_pylist(), table[schema.ERROR].to_pylist(), passed)
-        for position, (sample, error, through) in enumerate(zip(*columns, strict=True)):
-            if error is None and sample not in seen:
-                seen.add(sample)
-                if through:
-                    candidates[sample] = (rank(sample, seed), entry["file"], position)
+        table = features.read_table(entry["file"], [schema.SAMPLE_ID, schema.ERROR])
+        rows += table.num_rows * spied_share
+        samples = table[schema.SAMPLE_ID].to_pylist()
+        usable = embedding.spied(samples, spied_share) & table[schema.ERROR].is_null().to_numpy()
+        for position in np.flatnonzero(usable).tolist():
+            sample = samples[position]
+            if sample not in exclude and sample not in candidates:
+                candidates[sample] = (rank(sample, seed), entry["file"], position)
     chosen = sorted(candidates.values())[:count]
     by_file: dict[str, list[tuple[bytes, int]]] = {}
     for place, file, position in chosen:
@@ -179,8 +171,15 @@ def draw_unlabeled(features: Storage, count: int, seed: int, exclude: set[bytes]
         ranks += [place for place, _ in places]
     if not parts:
         raise DataError("the lake holds no usable image", where=str(features))
-    drawn = pa.concat_tables(parts).take(pa.array(sorted(range(len(ranks)), key=ranks.__getitem__)))
-    return Drawn(drawn, len(seen) - len(exclude), len(candidates))
+    return pa.concat_tables(parts).take(pa.array(sorted(range(len(ranks)), key=ranks.__getitem__)))
+
+
+def _spied_share(config: JobConfig, storage: Storage) -> float:
+    """Without a cascade, and in a sample drawn for the fit, every image has features."""
+    if not (config.features.cascade and config.features.cache):
+        return 1.0
+    folder = storage.child("cascade")
+    return embedding.Gate.of(folder, manifest.require(folder, "features")).spied_share
 
 
 def _passed_gate(config: JobConfig, storage: Storage, labeled: LabeledImages) -> npt.NDArray[np.bool_]:
@@ -190,11 +189,6 @@ def _passed_gate(config: JobConfig, storage: Storage, labeled: LabeledImages) ->
     table = storage.child("cascade").read_table("labeled.parquet")
     margins = dict(zip(table[schema.SAMPLE_ID].to_pylist(), table["margin"].to_pylist(), strict=True))
     return np.array([margins[sample] >= 0 for sample in labeled.ids])
-
-
-def _scaled(prior: Prior, factor: float) -> Prior:
-    low, estimate, high = (min(1.0, value * factor) for value in (prior.low, prior.estimate, prior.high))
-    return replace(prior, low=low, estimate=estimate, high=high)
 
 
 def _features_of(normalised: nn.Module, pixels: Tensor) -> Tensor:
@@ -216,10 +210,9 @@ def _ranking_head(config: JobConfig, streams: Streams, progress: Progress) -> Fi
     return fit_scorer(head, streams, risk.positive_versus_unlabeled, settings, config.seed, progress)
 
 
-def _prior(config: JobConfig, ranking: nn.Module, streams: Streams, over_gate: float) -> tuple[Prior, str]:
-    """The prior among the images that the scorer learns on, and where it comes from."""
+def _prior(config: JobConfig, ranking: nn.Module, streams: Streams) -> tuple[Prior, str]:
     if config.scorer.prior != "auto":
-        value = min(float(config.scorer.prior) / over_gate, _LARGEST_PRIOR)
+        value = float(config.scorer.prior)
         return Prior(value, value, value, 1.0, is_upper_bound=False), "given"
     positive = np.r_[scores_of(ranking, streams.positive_validate), scores_of(ranking, streams.positive_calibrate)]
     return estimate_prior(positive, scores_of(ranking, streams.unlabeled_validate)), "estimated"

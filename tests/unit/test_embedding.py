@@ -302,7 +302,7 @@ def gate(tmp_path) -> Gate:
     graph = engine.to_onnx(head.eval(), torch.randn(2, 4), input_name="features", output_names=["scores"])
     storage = Storage(str(tmp_path / "cascade"))
     storage.write_bytes(embedding.GATE_FILE, graph)
-    return Gate(storage, stages=1, threshold=0.0)
+    return Gate(storage, stages=1, threshold=0.0, spied_share=0.0)
 
 
 @pytest.fixture
@@ -334,7 +334,7 @@ def test_a_cascade_gives_the_whole_networks_answers_to_those_that_pass(teacher_j
     pixels = np.stack([np.asarray(picture(seed)) for seed in range(64)])
     features, logits = whole.run(pixels)
     margins = embedding.engine_recipe(config, target, gate, "content")().run(pixels)[2]
-    middle = Gate(gate.storage, 1, float(np.median(margins)))
+    middle = Gate(gate.storage, 1, float(np.median(margins)), 0.0)
     cascade = pickle.loads(pickle.dumps(embedding.engine_recipe(config, target, middle, "content")))()
     some, some_logits, margins = cascade.run(pixels)
     passed = margins >= 0
@@ -355,7 +355,7 @@ def test_a_gate_that_spares_nothing_or_everything_is_refused(teacher_job, gate, 
     for stages in (3, 4):
         with pytest.raises(ConfigError, match="cascade_stages"):
             embedding.engine_recipe(
-                teacher_job, Storage(str(tmp_path / "x")), Gate(gate.storage, stages, 0.0), "content"
+                teacher_job, Storage(str(tmp_path / "x")), Gate(gate.storage, stages, 0.0, 0.0), "content"
             )
 
 
@@ -428,3 +428,37 @@ def test_graphs_are_written_once_and_found_again_without_torch(teacher_job, gate
     # Another teacher, or its weights exchanged, is another graph.
     with pytest.raises(AssertionError, match="the teacher was loaded"):
         embedding.engine_recipe(teacher_job, target, used, "other content")
+
+
+# -- the sample that no gate keeps from the fit ------------------------------------------------------------
+
+
+def test_the_sample_is_as_large_as_asked_and_chosen_by_content_alone():
+    samples = [images.sample_id(bytes([k % 256, k // 256])) for k in range(4000)]
+    chosen = embedding.spied(samples, 0.25)
+    assert abs(chosen.mean() - 0.25) < 0.03
+    assert (embedding.spied(samples[::-1], 0.25) == chosen[::-1]).all()
+    # A larger share holds the smaller one.
+    assert (embedding.spied(samples, 0.5) >= chosen).all()
+    assert not embedding.spied(samples, 0.0).any()
+    assert embedding.spied(samples, 1.0).all()
+    assert embedding.spied([None], 1.0).tolist() == [False]
+
+
+def test_images_of_the_sample_have_features_whatever_the_gate_says(teacher_job, gate, tmp_path):
+    target = Storage(str(tmp_path / "engines"))
+    open_whole = embedding.engine_recipe(teacher_job, target, None, "content")
+    shut = Gate(gate.storage, 1, 1e6, 0.0)
+    open_cascade = embedding.engine_recipe(teacher_job, target, shut, "content")
+    whole = Embedder(open_whole, PREPROCESSING, 2)(block())
+    none = Embedder(open_cascade, PREPROCESSING, 2)(block())
+    some = Embedder(open_cascade, PREPROCESSING, 2, spied_share=0.5)(block())
+    assert none[schema.FEATURES].null_count == len(CONTENTS)
+    chosen = embedding.spied(block()[schema.SAMPLE_ID].to_pylist(), 0.5) & ~BROKEN
+    assert 0 < chosen.sum() < (~BROKEN).sum()
+    assert some[schema.FEATURES].is_valid().to_pylist() == chosen.tolist()
+    assert max(margin for margin in some[schema.GATE].to_pylist() if margin is not None) < 0
+    for name in (schema.FEATURES, schema.LOGITS):
+        np.testing.assert_allclose(
+            lake.to_matrix(some[name])[chosen].astype(float), lake.to_matrix(whole[name])[chosen], rtol=2e-2, atol=1e-2
+        )

@@ -263,6 +263,11 @@ def test_the_lake_that_was_fitted_on_stays_the_base_while_all_of_it_is_there(tmp
     second = pipeline.Sources(made)
     assert (second.lake_base == first.lake_base) is kept
     assert (second.lake == first.lake) is (event == "nothing")
+    # Nothing is written twice.
+    if event == "nothing":
+        written = (tmp_path / "run/_lake.parquet").stat().st_mtime_ns
+        second.remember_lake()
+        assert (tmp_path / "run/_lake.parquet").stat().st_mtime_ns == written
     # What was remembered holds for the run after the next, too.
     second.remember_lake()
     assert pipeline.Sources(made).lake_base == second.lake_base

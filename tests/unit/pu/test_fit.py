@@ -11,13 +11,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from pu_ray import ledger, schema
+from pu_ray import embedding, ledger, schema
 from pu_ray.config import OptimizerConfig, ScorerConfig, SplitConfig
 from pu_ray.errors import DataError
 from pu_ray.lake import fixed_list, to_matrix
 from pu_ray.ledger import ShardEntry
 from pu_ray.progress import Silent
-from pu_ray.pu import fit, risk, scorers, training
+from pu_ray.pu import risk, scorers, training
 from pu_ray.pu.fit import draw_unlabeled
 from pu_ray.pu.training import ROLES, Streams, assign_roles, fit_scorer
 from pu_ray.storage import Storage
@@ -287,10 +287,6 @@ def artifact(folder, files):
     return storage
 
 
-def drawn_rows(*arguments, **options):
-    return draw_unlabeled(*arguments, **options).rows
-
-
 def numbers_of(table):
     return to_matrix(table[schema.FEATURES])[:, 0].astype(int).tolist()
 
@@ -299,7 +295,7 @@ def test_the_sample_has_the_asked_size_and_rows_that_belong_together(tmp_path):
     storage = artifact(
         tmp_path, {f"s{i}": features_table(range(100 * i, 100 * i + 50), f"s{i}.parquet") for i in range(4)}
     )
-    sample = drawn_rows(storage, 30, seed=0, exclude=set())
+    sample = draw_unlabeled(storage, 30, seed=0, exclude=set())
     assert sample.schema == schema.features(2, 3)
     assert sample.num_rows == 30
     for number, sample_id, shard, row in zip(
@@ -319,12 +315,12 @@ def test_the_sample_is_the_same_whatever_order_the_lake_was_read_in(tmp_path):
     one = artifact(tmp_path / "1", {name: features_table(numbers[name], name) for name in ("a", "b")})
     other = artifact(tmp_path / "2", {name: features_table(numbers[name][order], name) for name in ("b", "a")})
     for count in (10, 15, 200):
-        assert numbers_of(drawn_rows(one, count, 7, set())) == numbers_of(drawn_rows(other, count, 7, set()))
+        assert numbers_of(draw_unlabeled(one, count, 7, set())) == numbers_of(draw_unlabeled(other, count, 7, set()))
 
 
 def test_the_seed_decides_which_images_are_drawn(tmp_path):
     storage = artifact(tmp_path, {"a": features_table(range(200), "a")})
-    draws = {tuple(numbers_of(drawn_rows(storage, 20, seed, set()))) for seed in range(4)}
+    draws = {tuple(numbers_of(draw_unlabeled(storage, 20, seed, set()))) for seed in range(4)}
     assert len(draws) == 4
 
 
@@ -335,20 +331,20 @@ def test_errors_labeled_images_and_copies_are_never_drawn(tmp_path):
     }
     storage = artifact(tmp_path, files)
     for seed in range(5):
-        sample = drawn_rows(storage, 100, seed, exclude={content_id(5)})
+        sample = draw_unlabeled(storage, 100, seed, exclude={content_id(5)})
         assert sorted(numbers_of(sample)) == [1, 3, 4]
         assert sample[schema.ERROR].null_count == 3
 
 
 def test_an_image_that_is_broken_in_one_place_may_be_drawn_from_another(tmp_path):
     storage = artifact(tmp_path, {"a": features_table([1], "a", errors=[0]), "b": features_table([1], "b")})
-    assert drawn_rows(storage, 5, 0, set())[schema.SHARD].to_pylist() == ["b"]
+    assert draw_unlabeled(storage, 5, 0, set())[schema.SHARD].to_pylist() == ["b"]
 
 
 def test_the_rows_of_a_sample_come_in_random_order(tmp_path):
     # Half of the sample trains and half judges, so no half may be one end of the lake.
     storage = artifact(tmp_path, {"a": features_table(range(400), "a"), "b": features_table(range(400, 800), "b")})
-    drawn = np.array(numbers_of(drawn_rows(storage, 800, 0, set())))
+    drawn = np.array(numbers_of(draw_unlabeled(storage, 800, 0, set())))
     assert sorted(drawn) == list(range(800))
     assert abs(np.mean(drawn[:400] < 400) - 0.5) < 0.1
 
@@ -357,7 +353,7 @@ def test_every_image_is_drawn_about_equally_often(tmp_path):
     storage = artifact(tmp_path, {"a": features_table(range(50), "a"), "b": features_table(range(50, 100), "b")})
     draws = 150
     counts = np.bincount(
-        [number for seed in range(draws) for number in numbers_of(drawn_rows(storage, 25, seed, set()))],
+        [number for seed in range(draws) for number in numbers_of(draw_unlabeled(storage, 25, seed, set()))],
         minlength=100,
     )
     # Each image is in a sample with probability 1/4: 37.5 times with a standard deviation of 5.3.
@@ -374,7 +370,7 @@ def test_a_large_lake_is_not_read_whole(tmp_path):
             read.append(path)
             return super().read_table(path, columns)
 
-    sample = drawn_rows(Watched(storage.uri), 10, 0, set())
+    sample = draw_unlabeled(Watched(storage.uri), 10, 0, set())
     assert sample.num_rows == 10
     assert len({path for path in read if path.startswith("data/")}) <= 5
 
@@ -382,20 +378,21 @@ def test_a_large_lake_is_not_read_whole(tmp_path):
 def test_a_lake_without_a_usable_image_says_so(tmp_path):
     storage = artifact(tmp_path, {"a": features_table([1, 2], "a", errors=[0, 1])})
     with pytest.raises(DataError, match="the lake holds no usable image") as caught:
-        drawn_rows(storage, 10, 0, set())
+        draw_unlabeled(storage, 10, 0, set())
     assert str(tmp_path) in str(caught.value)
 
 
-def test_what_the_gate_rejected_is_counted_but_not_drawn(tmp_path):
-    margins = [0.5, -0.5, 0.0, -0.1, None]
-    storage = artifact(tmp_path, {"a": features_table([1, 2, 3, 4, 5], "a", errors=[4], margins=margins)})
-    drawn = draw_unlabeled(storage, 10, 0, exclude={content_id(9)})
-    assert sorted(numbers_of(drawn.rows)) == [1, 3]
-    assert (drawn.seen, drawn.passed) == (4, 2)
-
-
-def test_a_prior_behind_the_gate_becomes_the_lakes_and_back():
-    # 30 % of the lake passes and 90 % of the positives do: of a prior of 0.06, 0.18 is left behind the gate.
-    factor = 0.3 / 0.9
-    lakes = fit._scaled(fit.Prior(0.18, 0.15, 0.21, 0.95, is_upper_bound=False), factor)
-    assert (lakes.low, lakes.estimate, lakes.high) == pytest.approx((0.05, 0.06, 0.07))
+def test_behind_a_gate_the_sample_is_drawn_from_what_was_embedded_whatever_the_gate_said(tmp_path):
+    numbers = list(range(200))
+    samples = [content_id(number) for number in numbers]
+    chosen = embedding.spied(samples, 0.3)
+    # Only a few of the others passed the gate; they must not tip the sample.
+    margins = [0.5 if number % 10 == 0 else -0.5 for number in numbers]
+    absent = [number for number in numbers if margins[number] < 0 and not chosen[number]]
+    table = features_table(numbers, "a", margins=margins)
+    place = table.column_names.index(schema.FEATURES)
+    values = fixed_list(to_matrix(table[schema.FEATURES]), np.isin(numbers, absent))
+    storage = artifact(tmp_path, {"a": table.set_column(place, table.schema.field(place), values)})
+    drawn = draw_unlabeled(storage, 1000, 0, exclude=set(), spied_share=0.3)
+    assert sorted(numbers_of(drawn)) == np.flatnonzero(chosen).tolist()
+    assert drawn[schema.FEATURES].null_count == 0
