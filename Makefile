@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-quickstart: $(STAMP) ## Run the whole chain on real images on this machine (about 4 minutes, no network)
+quickstart: $(STAMP) ## Run the whole chain on real images on this machine (2 to 4 minutes, no network)
 	@$(BIN)/pu-ray demo demo
 	@$(BIN)/pu-ray run cluster/jobs/smoke.yaml
 
