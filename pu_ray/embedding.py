@@ -28,6 +28,7 @@ Decode = Callable[[pa.Table], pa.Table]
 
 GATE_FILE = "gate.onnx"
 _ENGINE_FILE = "_engine/{key}-{name}.onnx"  # hidden from listings: a means, not a result
+_GRAPH_FORMAT = 2  # raised when the graphs' outputs change
 _GPU_BATCH = 256
 _CPU_BATCH_BYTES = 5 * 2**19  # of uint8 pixels: 16 images of 224 x 224
 _LEAST_CPU_BATCH, _MOST_CPU_BATCH = 8, 128
@@ -125,7 +126,7 @@ def engine_recipe(config: JobConfig, target: Storage, gate: Gate | None, teacher
         return partial(_open_torch, config.teacher, gate, device, config.features.compile)
     threads = max(1, int(config.resources.embed.cpus))
     stages = gate.stages if gate is not None else 0
-    key = settings_of.digest([config.section("teacher"), teacher_content, stages])[:16]
+    key = settings_of.digest([config.section("teacher"), teacher_content, stages, _GRAPH_FORMAT])[:16]
     if gate is None:
         file = _ENGINE_FILE.format(key=key, name="teacher")
         if target.kind(file) != "file":
@@ -158,10 +159,11 @@ def _cut_graphs(config: JobConfig, stages: int) -> tuple[bytes, bytes, bool]:
     teacher, _ = models.load_teacher(config.teacher)
     staged = models.Normalised(models.StagedTeacher(teacher, stages), config.teacher.preprocessing).eval()
     example = models.example_pixels(config.teacher.preprocessing)
-    graph = engine.to_onnx(staged, example, input_name="pixels", output_names=["early", "activation", "late", "logits"])
+    names = ["early", "gate", "activation", "late", "logits"]
+    graph = engine.to_onnx(staged, example, input_name="pixels", output_names=names)
     late = engine.cut_onnx(graph, ["activation"], ["late", "logits"])
     from_pixels = late is None
-    early = engine.cut_onnx(graph, ["pixels"], ["early"] if from_pixels else ["early", "activation"])
+    early = engine.cut_onnx(graph, ["pixels"], ["early", "gate"] if from_pixels else ["early", "gate", "activation"])
     late = late or engine.cut_onnx(graph, ["pixels"], ["late", "logits"])
     assert early is not None
     assert late is not None

@@ -129,8 +129,8 @@ class Cascade:
     """Early stages for every image, the rest of the network for those that a gate lets pass.
 
     Args:
-        early: Pixels to the early stages' features [N, D'] and their last activation.
-        gate: Those features to a logit [N].
+        early: Pixels to the early stages' features [N, D'], the gate's inputs [N, G], and the last activation.
+        gate: Its inputs to a logit [N].
         late: That activation, or where the graph cannot be cut the pixels, to the late features [N, D''] and logits.
         threshold: Least logit that passes.
         from_pixels: Whether `late` takes the pixels.
@@ -146,14 +146,14 @@ class Cascade:
 
     def run_whole(self, batch: Array) -> list[Array]:
         """Features and logits of every image, whatever the gate says of it."""
-        early, *activation = self._early.run(batch)
+        early, _, *activation = self._early.run(batch)
         late, logits = self._late.run(batch if self._from_pixels else activation[0])
         return [np.concatenate([early, late], axis=1), logits]
 
     def run(self, batch: Array) -> list[Array]:
         """Features [N, D] and logits [N, K], zero where the gate rejects; margins [N], negative there."""
-        early, *activation = self._early.run(batch)
-        margin = (self._gate.run(early)[0] - self._threshold).astype(np.float32)
+        early, coarse, *activation = self._early.run(batch)
+        margin = (self._gate.run(coarse)[0] - self._threshold).astype(np.float32)
         passed = margin >= 0
         source = batch if self._from_pixels else activation[0]
         if self._widths is None and not passed.any():

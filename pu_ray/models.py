@@ -224,6 +224,8 @@ def save_weights(module: nn.Module) -> bytes:
 
 # -- the frozen teacher ------------------------------------------------------------------------------------
 
+_GATE_GRID = 4
+
 
 class Teacher(nn.Module):
     """A trained network that cannot be trained again: frozen, and always in eval mode.
@@ -283,8 +285,12 @@ class TappedNetwork(nn.Module):
         logits_NK = self.network(x_NCHW)
         outputs = [self._taps[name] for name in self.stages]
         self._taps.clear()
-        channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")  # timm's word for it
-        return [_pool(output, channels_last) for output in outputs], logits_NK, outputs
+        return [_pool(output, self.channels_last) for output in outputs], logits_NK, outputs
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether its activations are [N, H, W, C]."""
+        return str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")  # timm's word for it
 
 
 class StagedTeacher(nn.Module):
@@ -311,11 +317,18 @@ class StagedTeacher(nn.Module):
         self.teacher = teacher
         self._early = early
 
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Early features [N, D'], the last early activation, late features [N, D''], logits [N, K]."""
-        pooled, logits_NK, outputs = self.teacher.tapped.observe(x_NCHW)
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Early features [N, D'], the gate's inputs [N, G], the last early activation, late features [N, D''], logits.
+
+        The gate gets the activation averaged over a coarse grid: early features are local, and where they lie tells
+        more than their mean (docs/LOG.md).
+        """
+        tapped = self.teacher.tapped
+        pooled, logits_NK, outputs = tapped.observe(x_NCHW)
         early, late = pooled[: self._early], pooled[self._early :]
-        return torch.cat(early, dim=1), outputs[self._early - 1], torch.cat(late, dim=1), logits_NK
+        activation = outputs[self._early - 1]
+        gate_NG = _grid(activation, tapped.channels_last)
+        return torch.cat(early, dim=1), gate_NG, activation, torch.cat(late, dim=1), logits_NK
 
 
 class LateStages(nn.Module):
@@ -327,12 +340,12 @@ class LateStages(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Late features [N, D''] and logits [N, K]."""
-        _, _, late_ND, logits_NK = self.staged(x_NCHW)
+        *_, late_ND, logits_NK = self.staged(x_NCHW)
         return late_ND, logits_NK
 
 
 class EarlyStages(nn.Module):
-    """The first stages of a teacher and nothing after them: pooled features [N, D'].
+    """The first stages of a teacher and nothing after them.
 
     Raises:
         ConfigError: The network cannot be traced, so that its late stages cannot be left out.
@@ -354,12 +367,13 @@ class EarlyStages(nn.Module):
                 hint="set features.engine to onnx, or features.cascade to false",
             ) from error
         self._names = names
-        self._channels_last = str(getattr(tapped.network, "output_fmt", "NCHW")).endswith("NHWC")
+        self._channels_last = tapped.channels_last
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Features [N, D']."""
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, D'] and the gate's inputs [N, G], as `StagedTeacher` gives them."""
         outputs = self.network(x_NCHW)
-        return torch.cat([_pool(outputs[name], self._channels_last) for name in self._names], dim=1)
+        pooled = [_pool(outputs[name], self._channels_last) for name in self._names]
+        return torch.cat(pooled, dim=1), _grid(outputs[self._names[-1]], self._channels_last)
 
 
 def find_stages(network: nn.Module) -> tuple[str, ...]:
@@ -390,6 +404,15 @@ def _pool(output: Tensor, channels_last: bool) -> Tensor:
     if output.ndim == 4:
         return output.mean(dim=(1, 2) if channels_last else (2, 3))
     return output.mean(dim=1) if output.ndim == 3 else output
+
+
+def _grid(output: Tensor, channels_last: bool) -> Tensor:
+    """Averages over the cells of a grid of about `_GATE_GRID` x `_GATE_GRID`, [N, G]; tokens are averaged as a whole."""
+    if output.ndim != 4:
+        return _pool(output, channels_last)
+    x_NCHW = output.permute(0, 3, 1, 2) if channels_last else output
+    cell = [max(1, size // _GATE_GRID) for size in x_NCHW.shape[2:]]
+    return functional.avg_pool2d(x_NCHW, cell).flatten(1)
 
 
 def load_teacher(teacher: TeacherConfig) -> tuple[Teacher, list[str]]:

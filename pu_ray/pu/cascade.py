@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,12 @@ from pu_ray.storage import Storage
 FOLDER = "cascade"
 MARGIN = "margin"
 # How far the threshold lies below the weakest positive that must pass, in units of that one's distance to the median.
-# Labeled images look a little better to their teacher than the lake's: half of that distance lost 4 % (docs/LOG.md).
-_SLACK = 1.0
+# Labeled images look a little better to their teacher than the lake's, so that none would lose too much (docs/LOG.md).
+_SLACK = 0.75
+# Each training positive is seen at places around its own as well, or the gate would learn where a few hundred lay.
+_SHIFTED_COPIES = 8
+_MOST_TRAINING_POSITIVES = 4096
+_SHIFT_SHARE = 1 / 14
 _READERS = 4
 _RESERVE = 1.25
 # A gate is a small head on few features: no attention, and no more passes than it needs to converge.
@@ -67,7 +72,8 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     staged = models.Normalised(models.StagedTeacher(teacher, settings.cascade_stages), preprocessing).eval()
     labeled = lake.read_labeled(config.labeled.uri, classes)
     roles = training.assign_roles(labeled.ids, labeled.labels, config.scorer.split, config.seed)
-    positive = _early(staged, labeled.pixels(preprocessing, config.labeled.uri))
+    labeled_pixels = labeled.pixels(preprocessing, config.labeled.uri)
+    positive = _gate_inputs(staged, labeled_pixels)
     shards = lake.list_shards(config.lake, progress.found)
     units = lake_pass.sample_units(config, shards, settings.cascade_sample)
     pixels = _decoded(config, units, set(labeled.ids))
@@ -79,7 +85,9 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             got=f"{len(pixels)}, {roles.count('train')} and {roles.count('validate')}",
             hint="label more images, or set features.cascade to false",
         )
-    streams = training.streams_of(positive, _early(staged, pixels), roles)
+    streams = training.streams_of(positive, _gate_inputs(staged, pixels), roles)
+    shifted = _shifted(labeled_pixels[[role == "train" for role in roles]], config.seed)
+    streams = replace(streams, positive_train=torch.cat([streams.positive_train, _gate_inputs(staged, shifted)]))
     torch.manual_seed(config.seed)
     head = scorers.Head(positive.shape[1], _FIT.attention, _FIT.hidden)
     head.standardise_like(streams.unlabeled_train)
@@ -125,13 +133,29 @@ def _spied_share(config: JobConfig, shards: Sequence[Shard], units: Sequence[Uni
     return min(1.0, _RESERVE * config.scorer.unlabeled_sample / max(lake_rows, 1.0))
 
 
-def _early(staged: models.Normalised, pixels: Any) -> torch.Tensor:
-    """Features of the early stages, float32 [N, D']."""
+def _gate_inputs(staged: models.Normalised, pixels: Any) -> torch.Tensor:
+    """What the gate sees of the early stages, float32 [N, G]."""
     with torch.inference_mode():
         parts = [
-            staged(torch.from_numpy(pixels[start : start + 256]))[0].clone() for start in range(0, len(pixels), 256)
+            staged(torch.from_numpy(pixels[start : start + 256]))[1].clone() for start in range(0, len(pixels), 256)
         ]
     return torch.cat(parts).clone()
+
+
+def _shifted(pixels: Any, seed: int) -> Any:
+    """Copies at random places a little off, uint8 [M, H, W, C]; what moves in is the edge."""
+    copies = max(1, min(_SHIFTED_COPIES, _MOST_TRAINING_POSITIVES // len(pixels)))
+    height, width = pixels.shape[1:3]
+    most = max(1, round(min(height, width) * _SHIFT_SHARE))
+    padded = np.pad(pixels, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    places = np.random.default_rng(seed).integers(0, 2 * most + 1, size=(copies, len(pixels), 2))
+    return np.stack(
+        [
+            image[top : top + height, left : left + width]
+            for copy in places
+            for image, (top, left) in zip(padded, copy, strict=True)
+        ]
+    )
 
 
 def _decoded(config: JobConfig, units: list[Unit], exclude: set[bytes]) -> Any:

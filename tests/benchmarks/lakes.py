@@ -2,7 +2,7 @@
 
 L1: 28 x 28 greyscale PNGs, letters with one digit in ten; small ResNet.
 L2: photo-size JPEGs (3:2, about 540 x 360), smooth at many scales like photographs; mobilenet_v3_small at 224 px.
-far: the letters and digits of L1, digits also shifted and turned; a ResNet that was trained on digits.
+far: the letters and digits of L1, digits also shifted and turned; a ResNet-34, as the paper has, trained on digits.
 
 The teachers of L1 and L2 have random weights and batch-norm statistics of the lake's own images: without these a random
 network answers alike for every image, and comparing answers would prove nothing. Sides are 3:2 so that resizing the
@@ -164,9 +164,9 @@ KINDS = {
         render=photos,
     ),
     "far": Kind(
-        images=20_000,
+        images=60_000,
         row_group_rows=250,
-        teacher={"architecture": "cifar/resnet18-w16", "preprocessing": _GREY},
+        teacher={"architecture": "cifar/resnet34-w16", "preprocessing": _GREY},
         render=partial(characters, turned=True),
         trained=True,
     ),

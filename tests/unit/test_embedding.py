@@ -291,15 +291,15 @@ def test_a_block_with_an_image_that_could_not_be_read_is_never_kept(cache):
 
 @pytest.fixture
 def gate(tmp_path) -> Gate:
-    """A gate on the first stage's four channels, which lets about half of the images pass."""
+    """A gate on the first stage's four channels in 4 x 4 cells, which lets about half of the images pass."""
     import torch
 
     from pu_ray import engine
     from pu_ray.pu import scorers
 
     torch.manual_seed(0)
-    head = scorers.Head(4, attention=False, hidden=0)
-    graph = engine.to_onnx(head.eval(), torch.randn(2, 4), input_name="features", output_names=["scores"])
+    head = scorers.Head(64, attention=False, hidden=0)
+    graph = engine.to_onnx(head.eval(), torch.randn(2, 64), input_name="features", output_names=["scores"])
     storage = Storage(str(tmp_path / "cascade"))
     storage.write_bytes(embedding.GATE_FILE, graph)
     return Gate(storage, stages=1, threshold=0.0, spied_share=0.0)

@@ -431,3 +431,31 @@ def test_example_pixels_are_the_same_every_time_and_use_the_whole_range():
     assert torch.equal(pixels, models.example_pixels(preprocessing, images=3))
     assert (int(pixels.min()), int(pixels.max())) == (0, 255)
     assert not torch.equal(pixels, models.example_pixels(preprocessing, images=3, seed=1))
+
+
+# -- the seam of the cascade -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_px", [32, 30])
+def test_the_gate_sees_the_early_activation_in_cells(size_px):
+    torch.manual_seed(0)
+    teacher = models.Teacher(models.build(NetworkConfig(architecture="cifar/resnet8-w4"), 3, 3))
+    x = torch.randn(2, 3, size_px, size_px)
+    early, gate, activation, late, logits = models.StagedTeacher(teacher, 1)(x)
+    features, expected_logits = teacher(x)
+    torch.testing.assert_close(torch.cat([early, late], dim=1), features)
+    torch.testing.assert_close(logits, expected_logits)
+    cell = size_px // 4
+    by_hand = torch.stack(
+        [
+            activation[:, channel, top : top + cell, left : left + cell].mean(dim=(1, 2))
+            for channel in range(4)
+            for top in range(0, 4 * cell, cell)
+            for left in range(0, 4 * cell, cell)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(gate, by_hand)
+    alone_early, alone_gate = models.EarlyStages(teacher, 1)(x)
+    torch.testing.assert_close(alone_early, early)
+    torch.testing.assert_close(alone_gate, gate)

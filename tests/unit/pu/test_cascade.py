@@ -17,8 +17,8 @@ from pu_ray.storage import Storage
 
 def test_the_gate_stands_below_the_weakest_that_must_pass_by_its_distance_to_the_median():
     # 99 positives from 0 to 98: of 100 places 1 % lie below the weakest.
-    assert cascade.gate_threshold(np.arange(99.0), recall=0.99) == pytest.approx(0 - 49)
-    assert cascade.gate_threshold(np.arange(99.0), recall=0.9) == pytest.approx(9 - 40)
+    assert cascade.gate_threshold(np.arange(99.0), recall=0.99) == pytest.approx(0 - 0.75 * 49)
+    assert cascade.gate_threshold(np.arange(99.0), recall=0.9) == pytest.approx(9 - 0.75 * 40)
     shuffled = np.random.default_rng(0).permutation(np.arange(99.0))
     assert cascade.gate_threshold(shuffled, recall=0.9) == cascade.gate_threshold(np.arange(99.0), recall=0.9)
 
@@ -31,7 +31,7 @@ def test_more_recall_never_raises_the_gate():
 
 
 def test_few_positives_still_have_a_gate_below_all_of_them():
-    assert cascade.gate_threshold([1.0, 2.0, 3.0], recall=0.995) == pytest.approx(1 - 1)
+    assert cascade.gate_threshold([1.0, 2.0, 3.0], recall=0.995) == pytest.approx(1 - 0.75)
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +120,20 @@ def test_too_small_a_sample_is_refused(task, tmp_path, monkeypatch):
     config = job(task, tmp_path)
     with pytest.raises(DataError, match="too few images to fit the cascade's gate"):
         cascade.run(config, Storage(config.output), {}, "identity", Silent())
+
+
+def test_shifted_copies_hold_the_same_picture_a_little_off():
+    pixels = np.zeros((2, 28, 28, 1), np.uint8)
+    pixels[0, 10, 12], pixels[1, 20, 5] = 255, 200
+    copies = cascade._shifted(pixels, seed=3)
+    assert copies.shape == (2 * cascade._SHIFTED_COPIES, 28, 28, 1)
+    places = [np.unravel_index(copy.argmax(), copy.shape)[:2] for copy in copies]
+    assert {copy.max() for copy in copies[::2]} == {255}
+    offsets = np.array(places[::2]) - (10, 12)
+    assert np.abs(offsets).max() == 2  # a fourteenth of the side
+    assert len(np.unique(offsets, axis=0)) > 3
+    np.testing.assert_array_equal(cascade._shifted(pixels, seed=3), copies)
+
+
+def test_many_positives_need_no_copies_by_the_dozen():
+    assert len(cascade._shifted(np.zeros((3000, 8, 8, 1), np.uint8), seed=0)) == 3000
