@@ -136,7 +136,13 @@ class FeaturesConfig(_Section):
     )
     cascade_stages: PositiveInt = Field(default=1, description="How many early stages the gate sees.")
     cascade_recall: OpenShare = Field(default=0.995, description="Share of labeled positives the gate must let pass.")
-    cascade_sample: PositiveInt = Field(default=4096, description="Lake images the gate is fitted on.")
+    cascade_margin: NonNegativeFloat = Field(
+        default=0.25,
+        description="How far below the weakest of those the gate stands, in units of that one's distance to the "
+        "median; raise it where labeled images look better to the teacher than the lake's, as its own training "
+        "images do.",
+    )
+    cascade_sample: PositiveInt = Field(default=8192, description="Lake images the gate is fitted on.")
 
     @model_validator(mode="after")
     def _cache_uri_needs_cache(self) -> Self:

@@ -407,7 +407,7 @@ def _pool(output: Tensor, channels_last: bool) -> Tensor:
 
 
 def _grid(output: Tensor, channels_last: bool) -> Tensor:
-    """Averages over the cells of a grid of about `_GATE_GRID` x `_GATE_GRID`, [N, G]; tokens are averaged as a whole."""
+    """Averages over the cells of a coarse grid, [N, G]; tokens are averaged as a whole."""
     if output.ndim != 4:
         return _pool(output, channels_last)
     x_NCHW = output.permute(0, 3, 1, 2) if channels_last else output

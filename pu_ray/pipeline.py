@@ -79,6 +79,7 @@ STEPS = (
             "scorer.unlabeled_sample",
             "features.cascade_stages",
             "features.cascade_recall",
+            "features.cascade_margin",
             "features.cascade_sample",
         ),
         only_if="features.cascade",

@@ -32,9 +32,6 @@ from pu_ray.storage import Storage
 
 FOLDER = "cascade"
 MARGIN = "margin"
-# How far the threshold lies below the weakest positive that must pass, in units of that one's distance to the median.
-# Labeled images look a little better to their teacher than the lake's, so that none would lose too much (docs/LOG.md).
-_SLACK = 0.75
 # Each training positive is seen at places around its own as well, or the gate would learn where a few hundred lay.
 _SHIFTED_COPIES = 8
 _MOST_TRAINING_POSITIVES = 4096
@@ -47,16 +44,17 @@ _FIT = ScorerConfig(
 )
 
 
-def gate_threshold(positive_logits: Any, recall: float) -> float:
+def gate_threshold(positive_logits: Any, recall: float, margin: float) -> float:
     """Least logit that passes.
 
     Args:
         positive_logits: Of positives that the gate was not trained on, float [n].
         recall: Share of them that must pass.
+        margin: How far the threshold lies below the weakest of those, in units of that one's distance to the median.
     """
     ordered = np.sort(np.asarray(positive_logits, np.float64))
     weakest = ordered[max(0, math.floor((1 - recall) * (len(ordered) + 1) + 1e-9) - 1)]
-    return float(weakest - _SLACK * (np.median(ordered) - weakest))
+    return float(weakest - margin * (np.median(ordered) - weakest))
 
 
 def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity: str, progress: Progress) -> Manifest:
@@ -92,7 +90,9 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     head = scorers.Head(positive.shape[1], _FIT.attention, _FIT.hidden)
     head.standardise_like(streams.unlabeled_train)
     fitted = training.fit_scorer(head, streams, risk.positive_versus_unlabeled, _FIT, config.seed, progress)
-    threshold = gate_threshold(training.scores_of(head, streams.positive_validate), settings.cascade_recall)
+    threshold = gate_threshold(
+        training.scores_of(head, streams.positive_validate), settings.cascade_recall, settings.cascade_margin
+    )
     margins = training.scores_of(head, positive) - np.float32(threshold)
     passing = float((training.scores_of(head, streams.unlabeled_validate) >= threshold).mean())
 

@@ -3,6 +3,8 @@
 L1: 28 x 28 greyscale PNGs, letters with one digit in ten; small ResNet.
 L2: photo-size JPEGs (3:2, about 540 x 360), smooth at many scales like photographs; mobilenet_v3_small at 224 px.
 far: the letters and digits of L1, digits also shifted and turned; a ResNet-34, as the paper has, trained on digits.
+Its labeled images are made as those in the lake are, of digits that neither the lake nor the teacher's training holds:
+a promise of recall needs that.
 
 The teachers of L1 and L2 have random weights and batch-norm statistics of the lake's own images: without these a random
 network answers alike for every image, and comparing answers would prove nothing. Sides are 3:2 so that resizing the
@@ -30,14 +32,13 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
 SHARDS = 20
-_FORMAT = 1  # raised when the content changes
 _CLASSES = 10
-_LABELED_PER_CLASS = 20
-_TEST_PER_CLASS = 10
+_PER_CLASS = (20, 10)  # labeled and test images
 _POSITIVE_SHARE = 0.1
 _CALIBRATION_IMAGES = 256
 _TRAINING_STEPS = 320
 _TRAINING_PER_CLASS = 150
+_FAR_LABELED_PER_CLASS = 100
 _PER_TASK = 200  # images rendered with one seed
 
 Encoded = list[tuple[bytes, int]]  # images and their classes; -1 for none
@@ -53,6 +54,7 @@ class Kind:
         teacher: The job file's section, without weights and classes.
         render: (images, share of the teacher's classes, seed) to encoded images and their classes.
         trained: Whether the teacher is trained.
+        format: Raised when the content changes.
     """
 
     images: int
@@ -60,6 +62,7 @@ class Kind:
     teacher: Mapping[str, Any]
     render: Callable[[int, float, int], Encoded]
     trained: bool = False
+    format: int = 1
 
 
 # -- images ------------------------------------------------------------------------------------------------
@@ -71,12 +74,16 @@ def _digits(used_by_teacher: bool) -> tuple[Any, Any]:
     from pu_ray import demo
 
     pixels, labels = demo.digits()
+    first = _first_per_class(labels, _TRAINING_PER_CLASS + _PER_CLASS[1])
+    chosen = first if used_by_teacher else ~first
+    return pixels[chosen], labels[chosen]
+
+
+def _first_per_class(labels: Any, count: int) -> Any:
     rank = np.empty(len(labels), np.int64)
     for k in range(_CLASSES):
         rank[labels == k] = np.arange((labels == k).sum())
-    first = rank < _TRAINING_PER_CLASS + _TEST_PER_CLASS
-    chosen = first if used_by_teacher else ~first
-    return pixels[chosen], labels[chosen]
+    return rank < count
 
 
 def characters(count: int, positive_share: float, seed: int, turned: bool) -> Encoded:
@@ -92,17 +99,23 @@ def characters(count: int, positive_share: float, seed: int, turned: bool) -> En
 
     generator = np.random.default_rng(seed)
     pixels, labels = _digits(used_by_teacher=False)
+    if turned:
+        kept = ~_first_per_class(labels, _FAR_LABELED_PER_CLASS)
+        pixels, labels = pixels[kept], labels[kept]
     positives = round(count * positive_share)
     images: Encoded = []
     for row in generator.integers(len(pixels), size=positives):
-        tile = Image.fromarray(pixels[row])
-        if turned:
-            angle = float(generator.uniform(-8, 8))
-            across, down = (float(shift) for shift in generator.integers(-1, 2, size=2))
-            tile = tile.rotate(angle, Image.Resampling.BILINEAR, translate=(across, down))
-        images.append((demo.encode_png(np.asarray(tile)), int(labels[row])))
+        tile = _turned(pixels[row], generator) if turned else pixels[row]
+        images.append((demo.encode_png(tile), int(labels[row])))
     images += [(demo.encode_png(tile), -1) for tile in demo.letters(count - positives, generator)]
     return [images[place] for place in generator.permutation(len(images))]
+
+
+def _turned(pixels: Any, generator: np.random.Generator) -> Any:
+    angle = float(generator.uniform(-8, 8))
+    across, down = (float(shift) for shift in generator.integers(-1, 2, size=2))
+    tile = Image.fromarray(pixels).rotate(angle, Image.Resampling.BILINEAR, translate=(across, down))
+    return np.asarray(tile)
 
 
 def photos(count: int, positive_share: float, seed: int) -> Encoded:
@@ -169,6 +182,7 @@ KINDS = {
         teacher={"architecture": "cifar/resnet34-w16", "preprocessing": _GREY},
         render=partial(characters, turned=True),
         trained=True,
+        format=2,
     ),
 }
 
@@ -244,7 +258,7 @@ def build(name: str, images: int, shards: int, folder: Path) -> None:
         shards: Its files, of equal sizes.
         folder: Where to; a folder that holds the very same is left as it is.
     """
-    recipe = {"format": _FORMAT, "kind": name, "images": images, "shards": shards}
+    recipe = {"format": KINDS[name].format, "kind": name, "images": images, "shards": shards}
     done = folder / "recipe.json"
     if done.exists() and json.loads(done.read_text()) == recipe:
         return
@@ -281,25 +295,30 @@ def _write_lake(folder: Path, rows: Encoded, shards: int, row_group_rows: int) -
 def _write_labeled(name: str, folder: Path) -> None:
     from pu_ray import demo
 
-    per_class = {"labeled": _LABELED_PER_CLASS, "test": _TEST_PER_CLASS}
-    if KINDS[name].trained:
-        per_class["labeled"] = _TRAINING_PER_CLASS // 2
     generator = np.random.default_rng(0)
     for k in range(_CLASSES):
-        for use, count in per_class.items():
-            if name == "L2":
-                contents = [_photo(k, generator) for _ in range(count)]
-            else:
-                pixels, labels = _digits(used_by_teacher=True)
-                rows = np.flatnonzero(labels == k)
-                # Those behind what the teacher is trained on are its test.
-                rows = rows[:_TRAINING_PER_CLASS] if use == "labeled" else rows[_TRAINING_PER_CLASS:]
-                contents = [demo.encode_png(pixels[row]) for row in rows[:count]]
+        if name == "L2":
+            labeled, test = ([_photo(k, generator) for _ in range(count)] for count in _PER_CLASS)
+        else:
+            # Those behind what the teacher is trained on are its test.
+            own = _of_class(k, used_by_teacher=True)
+            tiles = own[: _PER_CLASS[0]]
+            if name == "far":
+                others = _of_class(k, used_by_teacher=False)[:_FAR_LABELED_PER_CLASS]
+                tiles = [_turned(tile, generator) for tile in others]
+            labeled = [demo.encode_png(tile) for tile in tiles]
+            test = [demo.encode_png(tile) for tile in own[_TRAINING_PER_CLASS:][: _PER_CLASS[1]]]
+        for use, contents in (("labeled", labeled), ("test", test)):
             (folder / use / str(k)).mkdir(parents=True, exist_ok=True)
             for place, content in enumerate(contents):
                 (folder / use / str(k) / f"{place:03d}").with_suffix(".jpg" if name == "L2" else ".png").write_bytes(
                     content
                 )
+
+
+def _of_class(k: int, used_by_teacher: bool) -> Any:
+    pixels, labels = _digits(used_by_teacher)
+    return pixels[labels == k]
 
 
 def _write_teacher(kind: Kind, folder: Path, contents: Sequence[bytes]) -> None:

@@ -17,21 +17,22 @@ from pu_ray.storage import Storage
 
 def test_the_gate_stands_below_the_weakest_that_must_pass_by_its_distance_to_the_median():
     # 99 positives from 0 to 98: of 100 places 1 % lie below the weakest.
-    assert cascade.gate_threshold(np.arange(99.0), recall=0.99) == pytest.approx(0 - 0.75 * 49)
-    assert cascade.gate_threshold(np.arange(99.0), recall=0.9) == pytest.approx(9 - 0.75 * 40)
+    assert cascade.gate_threshold(np.arange(99.0), recall=0.99, margin=0.75) == pytest.approx(0 - 0.75 * 49)
+    assert cascade.gate_threshold(np.arange(99.0), recall=0.9, margin=0.75) == pytest.approx(9 - 0.75 * 40)
     shuffled = np.random.default_rng(0).permutation(np.arange(99.0))
-    assert cascade.gate_threshold(shuffled, recall=0.9) == cascade.gate_threshold(np.arange(99.0), recall=0.9)
+    assert cascade.gate_threshold(shuffled, recall=0.9, margin=0.75) == pytest.approx(9 - 0.75 * 40)
+    assert cascade.gate_threshold(shuffled, recall=0.9, margin=0.0) == 9
 
 
 def test_more_recall_never_raises_the_gate():
     logits = np.random.default_rng(1).normal(size=200)
-    thresholds = [cascade.gate_threshold(logits, recall) for recall in (0.5, 0.8, 0.9, 0.99, 0.999)]
+    thresholds = [cascade.gate_threshold(logits, recall, 0.25) for recall in (0.5, 0.8, 0.9, 0.99, 0.999)]
     assert thresholds == sorted(thresholds, reverse=True)
     assert thresholds[-1] < logits.min()
 
 
 def test_few_positives_still_have_a_gate_below_all_of_them():
-    assert cascade.gate_threshold([1.0, 2.0, 3.0], recall=0.995) == pytest.approx(1 - 0.75)
+    assert cascade.gate_threshold([1.0, 2.0, 3.0], recall=0.995, margin=0.75) == pytest.approx(1 - 0.75)
 
 
 @pytest.fixture(scope="module")
