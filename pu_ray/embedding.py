@@ -28,7 +28,7 @@ Decode = Callable[[pa.Table], pa.Table]
 
 GATE_FILE = "gate.onnx"
 _ENGINE_FILE = "_engine/{key}-{name}.onnx"  # hidden from listings: a means, not a result
-_GRAPH_FORMAT = 2  # raised when the graphs' outputs change
+_GRAPH_FORMAT = 3  # raised when the graphs' outputs change
 _GPU_BATCH = 256
 _CPU_BATCH_BYTES = 5 * 2**19  # of uint8 pixels: 16 images of 224 x 224
 _LEAST_CPU_BATCH, _MOST_CPU_BATCH = 8, 128

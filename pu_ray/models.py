@@ -1,14 +1,16 @@
 """Networks by name, safely loaded weights, and taps on a teacher's stages.
 
-Axes: N images, C channels, H, W; D feature width, the sum of the stages' channels; K classes.
+Axes: N images, C channels, H, W; D feature width, the sum of the stages' channels; K classes; S tokens.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -249,8 +251,72 @@ class Teacher(nn.Module):
         return cast(tuple[Tensor, Tensor], self.tapped(x_NCHW))
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How a network's activations lie in memory.
+
+    Attributes:
+        channels_last: Whether those of four axes are [N, H, W, C].
+        prefix_tokens: How many of the first of S tokens stand for the whole image and not for a patch of it.
+    """
+
+    channels_last: bool
+    prefix_tokens: int
+
+    @classmethod
+    def of(cls, network: nn.Module) -> _Layout:
+        """What is known of this network's class; otherwise [N, C, H, W], and only patches."""
+        # timm's word for it; torchvision's Swin has none.
+        fmt = str(getattr(network, "output_fmt", "NCHW"))
+        channels_last = fmt.endswith("NHWC") or _is_a(network, _CHANNELS_LAST_CLASSES)
+        # timm counts them; torchvision has the class token alone.
+        prefix = int(getattr(network, "num_prefix_tokens", 1)) if _is_a(network, _PREFIX_CLASSES) else 0
+        return cls(channels_last, prefix)
+
+    def pool(self, output: Tensor) -> Tensor:
+        """The average over space or over the patches' tokens [N, C]; an output of two axes as it is."""
+        if output.ndim == 4:
+            return output.mean(dim=(1, 2) if self.channels_last else (2, 3))
+        return output[:, self.prefix_tokens :].mean(dim=1) if output.ndim == 3 else output
+
+    def grid(self, output: Tensor) -> Tensor:
+        """Averages over the cells of a grid of about `_GATE_GRID` x `_GATE_GRID`, [N, G]; tokens as a whole."""
+        if output.ndim != 4:
+            return self.pool(output)
+        x_NCHW = output.permute(0, 3, 1, 2) if self.channels_last else output
+        cell = [max(1, size // _GATE_GRID) for size in x_NCHW.shape[2:]]
+        return functional.avg_pool2d(x_NCHW, cell).flatten(1)
+
+    def resolution(self, output: Tensor) -> tuple[int, ...]:
+        """Height and width, or the number of tokens."""
+        return tuple(output.shape[2:] if output.ndim == 4 and not self.channels_last else output.shape[1:-1])
+
+
+# By name, so that a network of one library does not import the other. CaiT and XCiT count a class token that their
+# blocks do not have, so that the count alone is not enough.
+_CHANNELS_LAST_CLASSES = frozenset(("SwinTransformer",))
+_PREFIX_CLASSES = frozenset(("VisionTransformer", "Eva", "Beit"))
+
+
+def _is_a(network: nn.Module, names: frozenset[str]) -> bool:
+    return not names.isdisjoint(kind.__name__ for kind in type(network).__mro__)
+
+
 class TappedNetwork(nn.Module):
-    """A network whose stages are observed on the way to its logits."""
+    """A network whose stages are observed on the way to its logits.
+
+    Any module works whose forward pass calls each stage once and whose stages give one tensor each: [N, C, H, W]
+    ([N, H, W, C] if the network has an attribute `output_fmt = "NHWC"`), tokens [N, S, C], or [N, C]. Space and tokens
+    are averaged, without the class token and the registers where their place is known: in ViT, DeiT,
+    EVA and BEiT of timm, and in torchvision's ViT. Other networks' tokens are averaged as they are.
+
+    Args:
+        network: The network.
+        stages: Names of its modules, early to late; otherwise `find_stages` is asked.
+
+    Raises:
+        ConfigError: There are no such modules, or no stages are found.
+    """
 
     def __init__(self, network: nn.Module, stages: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -265,12 +331,13 @@ class TappedNetwork(nn.Module):
                 allowed=", ".join(name for name, _ in network.named_children()),
                 got=", ".join(missing) or "none",
             )
-        self._taps: dict[str, Tensor] = {}
+        self.layout = _Layout.of(network)
+        self._taps: dict[str, Any] = {}
         for name in self.stages:
             modules[name].register_forward_hook(self._observe(name))
 
     def _observe(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self._taps[name] = output
 
         return hook
@@ -281,16 +348,24 @@ class TappedNetwork(nn.Module):
         return torch.cat(pooled, dim=1), logits_NK
 
     def observe(self, x_NCHW: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Pooled features of each stage, logits [N, K], and each stage's output as it is."""
-        logits_NK = self.network(x_NCHW)
-        outputs = [self._taps[name] for name in self.stages]
-        self._taps.clear()
-        return [_pool(output, self.channels_last) for output in outputs], logits_NK, outputs
+        """Pooled features of each stage, logits [N, K], and each stage's output as it is.
 
-    @property
-    def channels_last(self) -> bool:
-        """Whether its activations are [N, H, W, C]."""
-        return str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")  # timm's word for it
+        Raises:
+            ConfigError: A stage took no part in the forward pass, or gave something else than one tensor.
+        """
+        logits_NK = self.network(x_NCHW)
+        outputs = [self._taps.get(name) for name in self.stages]
+        self._taps.clear()
+        for name, output in zip(self.stages, outputs, strict=True):
+            if not isinstance(output, Tensor):
+                raise ConfigError(
+                    "a stage gives no tensor",
+                    where="teacher.stages",
+                    allowed="modules that the forward pass calls, with one tensor as output",
+                    got=f"{type(output).__name__} from {name}" if output is not None else f"nothing from {name}",
+                )
+        tensors = cast(list[Tensor], outputs)
+        return [self.layout.pool(output) for output in tensors], logits_NK, tensors
 
 
 class StagedTeacher(nn.Module):
@@ -327,7 +402,7 @@ class StagedTeacher(nn.Module):
         pooled, logits_NK, outputs = tapped.observe(x_NCHW)
         early, late = pooled[: self._early], pooled[self._early :]
         activation = outputs[self._early - 1]
-        gate_NG = _grid(activation, tapped.channels_last)
+        gate_NG = tapped.layout.grid(activation)
         return torch.cat(early, dim=1), gate_NG, activation, torch.cat(late, dim=1), logits_NK
 
 
@@ -367,20 +442,37 @@ class EarlyStages(nn.Module):
                 hint="set features.engine to onnx, or features.cascade to false",
             ) from error
         self._names = names
-        self._channels_last = tapped.channels_last
+        self._layout = tapped.layout
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, D'] and the gate's inputs [N, G], as `StagedTeacher` gives them."""
         outputs = self.network(x_NCHW)
-        pooled = [_pool(outputs[name], self._channels_last) for name in self._names]
-        return torch.cat(pooled, dim=1), _grid(outputs[self._names[-1]], self._channels_last)
+        pooled = [self._layout.pool(outputs[name]) for name in self._names]
+        return torch.cat(pooled, dim=1), self._layout.grid(outputs[self._names[-1]])
+
+
+_MOST_STAGES = 4
+# Where networks keep the modules that an image passes one after the other: torchvision's families (`features`:
+# MobileNet, EfficientNet, ConvNeXt, DenseNet, VGG, Swin; `trunk_output`: RegNet; `layers`: MNASNet; `blocks`: MaxViT),
+# and whoever writes networks as they do.
+_TRUNKS = ("features", "trunk_output", "layers", "blocks")
+# Small, so that the probe takes milliseconds, and large enough to be halved five times; then what MaxViT wants.
+_PROBE_SIDES_PX = (64, 224)
 
 
 def find_stages(network: nn.Module) -> tuple[str, ...]:
-    """Names of the modules after which the resolution changes, for the families that name them.
+    """Names of the modules after which the resolution changes, early to late.
+
+    In this order: what the network itself says (`stage_names`); `layer1` to `layer4`, as in every ResNet; timm's
+    `feature_info`; `stage1` and following; and a trunk of modules in a row, in which a forward pass with a small image
+    shows where the resolution falls. Of the trunk it takes the last module of each resolution, at most the last four
+    resolutions, so that a stem is left out; one at which nothing has parameters (VGG's last pooling) does not count.
+    Transformers of one resolution give four blocks evenly spread, the last among them, in timm as in torchvision.
+
+    The network is left as it was: parameters, buffers, hooks, and the mode of every module.
 
     Raises:
-        ConfigError: An unknown family; `teacher.stages` must name them.
+        ConfigError: An unknown structure; `teacher.stages` must name them.
     """
     if names := getattr(network, "stage_names", None):
         return tuple(names)
@@ -388,9 +480,19 @@ def find_stages(network: nn.Module) -> tuple[str, ...]:
     resnet = tuple(name for name in ("layer1", "layer2", "layer3", "layer4") if name in children)
     if len(resnet) >= 3:
         return resnet
-    info = getattr(network, "feature_info", None)  # timm
-    if info:
-        return tuple(str(entry["module"]) for entry in info)
+    if info := getattr(network, "feature_info", None):  # timm
+        modules = [str(entry["module"]) for entry in info]
+        return _spread(modules) if len({entry.get("reduction") for entry in info}) == 1 else tuple(modules)
+    numbered = tuple(name for name in children if re.fullmatch(r"stage\d", name))
+    if len(numbered) >= 3:
+        return numbered
+    if type(network).__name__ == "VisionTransformer":  # torchvision's, since timm's has a feature_info
+        return _spread(
+            [f"encoder.layers.{name}" for name, _ in network.get_submodule("encoder.layers").named_children()]
+        )
+    trunk = next((name for name in _TRUNKS if isinstance(children.get(name), nn.Sequential | nn.ModuleList)), None)
+    if trunk is not None and (found := _last_of_each_resolution(network, trunk)):
+        return found
     raise ConfigError(
         "the stages of this network are not known",
         where="teacher.stages",
@@ -400,19 +502,61 @@ def find_stages(network: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _pool(output: Tensor, channels_last: bool) -> Tensor:
-    if output.ndim == 4:
-        return output.mean(dim=(1, 2) if channels_last else (2, 3))
-    return output.mean(dim=1) if output.ndim == 3 else output
+def _spread(names: Sequence[str]) -> tuple[str, ...]:
+    """At most four of them, evenly spread, the last among them."""
+    count = min(len(names), _MOST_STAGES)
+    return tuple(names[(place + 1) * len(names) // count - 1] for place in range(count))
 
 
-def _grid(output: Tensor, channels_last: bool) -> Tensor:
-    """Averages over the cells of a coarse grid, [N, G]; tokens are averaged as a whole."""
-    if output.ndim != 4:
-        return _pool(output, channels_last)
-    x_NCHW = output.permute(0, 3, 1, 2) if channels_last else output
-    cell = [max(1, size // _GATE_GRID) for size in x_NCHW.shape[2:]]
-    return functional.avg_pool2d(x_NCHW, cell).flatten(1)
+def _last_of_each_resolution(network: nn.Module, trunk: str) -> tuple[str, ...]:
+    """The stages in a row of modules; none where no image passes the network."""
+    groups = [
+        [name for name, _ in steps] for _, steps in itertools.groupby(_probe(network, trunk), key=lambda step: step[1])
+    ]
+    known = dict(network.named_modules())
+    groups = [names for names in groups if any(parameter_count(known[name]) for name in names)]
+    if len(groups) == 1:
+        return _spread(groups[0])
+    return tuple(names[-1] for names in groups[-_MOST_STAGES:])
+
+
+def _probe(network: nn.Module, trunk: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The trunk's modules in the order in which a small image passes them, with the resolution of their outputs."""
+    layout = _Layout.of(network)
+    passed: list[tuple[str, tuple[int, ...]]] = []
+
+    def observe(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            # Tokens that come before the images, [S, N, C], would be averaged along the wrong axis.
+            if isinstance(output, Tensor) and output.ndim in (3, 4) and output.shape[0] == 1:
+                passed.append((name, layout.resolution(output)))
+
+        return hook
+
+    channels = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+    like = next(network.parameters(), torch.zeros(()))
+    modes = [(module, module.training) for module in network.modules()]
+    handles = [
+        module.register_forward_hook(observe(f"{trunk}.{name}"))
+        for name, module in network.get_submodule(trunk).named_children()
+    ]
+    try:
+        # Not network.eval(): some networks refuse to change their mode.
+        for module, _ in modes:
+            module.training = False
+        for side in _PROBE_SIDES_PX:
+            try:
+                with torch.no_grad():
+                    network(like.new_zeros((1, channels, side, side)))
+                return passed
+            except Exception:  # whatever a network raises for images that are not its size
+                passed.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return passed
 
 
 def load_teacher(teacher: TeacherConfig) -> tuple[Teacher, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from pu_ray import images, models
+from pu_ray import engine, images, models
 from pu_ray.config import NetworkConfig, PreprocessingConfig, TeacherConfig
 from pu_ray.errors import ConfigError, DataError
 from pu_ray.models import CifarResNet, Teacher, build
@@ -272,6 +273,25 @@ def test_a_teacher_is_frozen_and_stays_in_eval_mode_whatever_is_asked():
     assert all(torch.equal(teacher.state_dict()[key], value) for key, value in before.items()), "batch norm moved"
 
 
+def hooked(net, names):
+    """What the modules give in the next forward pass, kept by hooks of our own."""
+    outputs = {}
+    for name in names:
+        net.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out}))
+    return outputs
+
+
+def small_vit():
+    """torchvision's ViT, six narrow blocks."""
+    from torchvision.models import VisionTransformer
+
+    net = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=6, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3
+    )
+    nn.init.normal_(net.heads.head.weight)  # torchvision starts with zeros, and equal logits prove nothing
+    return net
+
+
 def manual_gap(net, names, x):
     """Stage outputs averaged over space with hooks of our own."""
     outputs = {}
@@ -314,10 +334,52 @@ def test_the_papers_teacher_has_960_features():
     assert features.shape == (1, 960)
 
 
-def test_a_transformers_tokens_are_averaged():
-    teacher = Teacher(network("timm/test_vit"))
+def test_a_timm_transformers_patches_are_averaged_without_the_class_token():
+    torch.manual_seed(0)
+    net = network("timm/test_vit")
+    teacher = Teacher(net)
+    assert teacher.tapped.stages == ("blocks.0", "blocks.2", "blocks.3", "blocks.5"), "four of six, the last among them"
+    outputs = hooked(net, teacher.tapped.stages)
     features, _ = teacher(torch.randn(2, 3, 160, 160))
-    assert features.shape == (2, 6 * 64)
+    assert outputs["blocks.5"].shape == (2, 1 + 10 * 10, 64)
+    expected = torch.cat([outputs[name][:, 1:].mean(dim=1) for name in teacher.tapped.stages], dim=1)
+    torch.testing.assert_close(features, expected)
+
+
+def test_registers_are_left_out_too():
+    import timm
+
+    net = timm.create_model("test_vit", num_classes=3, reg_tokens=3)
+    outputs = hooked(net, ["blocks.5"])
+    features, _ = Teacher(net, ["blocks.5"])(torch.randn(1, 3, 160, 160))
+    torch.testing.assert_close(features, outputs["blocks.5"][:, 4:].mean(dim=1))
+
+
+def test_torchvisions_vit_is_averaged_without_the_class_token():
+    torch.manual_seed(0)
+    net = small_vit()
+    teacher = Teacher(net)
+    names = [f"encoder.layers.encoder_layer_{block}" for block in (0, 2, 3, 5)]
+    assert teacher.tapped.stages == tuple(names)
+    outputs = hooked(net, names)
+    features, _ = teacher(torch.randn(2, 3, 32, 32))
+    assert outputs[names[0]].shape == (2, 1 + 4 * 4, 16)
+    torch.testing.assert_close(features, torch.cat([outputs[name][:, 1:].mean(dim=1) for name in names], dim=1))
+
+
+def test_tokens_of_an_unknown_network_are_averaged_as_they_are():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_prefix_tokens = 1
+            self.embed = nn.Linear(5, 4)
+
+        def forward(self, x_NSC):
+            return self.embed(x_NSC).mean(dim=1)
+
+    net = Tokens()
+    x = torch.randn(2, 7, 5)
+    torch.testing.assert_close(Teacher(net, ["embed"])(x)[0], net.embed(x).mean(dim=1))
 
 
 def test_stages_with_channels_last_are_averaged_over_space():
@@ -340,6 +402,181 @@ def test_stages_with_channels_last_are_averaged_over_space():
     assert features.shape == (1, 8 + 16 + 32 + 64)
     assert outputs["layers.1"].shape == (1, 8, 8, 16)
     torch.testing.assert_close(features[0, 8:24], outputs["layers.1"].mean(dim=(1, 2))[0])
+
+
+def test_torchvisions_swin_has_channels_last_as_well():
+    torch.manual_seed(0)
+    net = network("swin_t")
+    teacher = Teacher(net)
+    assert teacher.tapped.stages == ("features.1", "features.3", "features.5", "features.7")
+    outputs = hooked(net, teacher.tapped.stages)
+    features, _ = teacher(torch.randn(1, 3, 64, 64))
+    assert outputs["features.3"].shape == (1, 8, 8, 192)
+    expected = torch.cat([outputs[name].mean(dim=(1, 2)) for name in teacher.tapped.stages], dim=1)
+    torch.testing.assert_close(features, expected)
+
+
+# -- finding stages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "trunk", "stages"),
+    [
+        # What tests/benchmarks/lakes.py names by hand.
+        ("mobilenet_v3_small", "features", ["1", "3", "8", "12"]),
+        ("mobilenet_v3_large", "features", ["3", "6", "12", "16"]),
+        ("mobilenet_v2", "features", ["3", "6", "13", "18"]),
+        ("efficientnet_b0", "features", ["2", "3", "5", "8"]),
+        ("efficientnet_v2_s", "features", ["2", "3", "5", "7"]),
+        ("convnext_tiny", "features", ["1", "3", "5", "7"]),
+        ("densenet121", "features", ["denseblock1", "denseblock2", "denseblock3", "norm5"]),
+        ("regnet_y_400mf", "trunk_output", ["block1", "block2", "block3", "block4"]),
+        ("regnet_x_400mf", "trunk_output", ["block1", "block2", "block3", "block4"]),
+        ("mnasnet0_5", "layers", ["8", "9", "11", "16"]),
+        ("squeezenet1_1", "features", ["1", "4", "7", "12"]),
+        ("shufflenet_v2_x0_5", "", ["stage2", "stage3", "stage4"]),
+    ],
+)
+def test_the_stages_of_torchvisions_families_are_found(name, trunk, stages):
+    torch.manual_seed(0)
+    net = network(name)
+    found = models.find_stages(net)
+    assert found == tuple(f"{trunk}.{stage}".strip(".") for stage in stages)
+    outputs = hooked(net, found)
+    x = torch.randn(2, 3, 96, 96)
+    features, logits = Teacher(net)(x)
+    sides = [outputs[stage].shape[2] for stage in found]
+    # SqueezeNet does not pad; all others halve exactly.
+    assert all(0.4 * one <= other <= 0.5 * one for one, other in itertools.pairwise(sides)), sides
+    # DenseNet's last stage is rectified in place, on the way to the logits.
+    expected = torch.cat([outputs[stage].mean(dim=(2, 3)) for stage in found], dim=1)
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(logits, net(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("vgg11", ["features.4", "features.9", "features.14", "features.19"]),
+        ("vgg16_bn", ["features.12", "features.22", "features.32", "features.42"]),
+        ("alexnet", ["features.1", "features.4", "features.11"]),
+    ],
+)
+def test_a_last_pooling_is_no_stage(name, stages):
+    # Without memory for the hundred million weights behind the trunk; shapes need none.
+    with torch.device("meta"):
+        net = network(name)
+    assert models.find_stages(net) == tuple(stages)
+
+
+def test_a_network_of_one_image_size_is_probed_at_that_size():
+    net = network("maxvit_t")
+    assert models.find_stages(net) == ("blocks.0", "blocks.1", "blocks.2", "blocks.3")
+
+
+def test_timms_families_name_their_own_stages():
+    stages = ("bn1", "blocks.0", "blocks.1", "blocks.3", "blocks.5")
+    assert models.find_stages(network("timm/mobilenetv3_small_050")) == stages
+
+
+class Plain(nn.Module):
+    """A customer's network: a stem, a trunk under a name of its own, a head."""
+
+    def __init__(self, trunk="body", in_channels=3):
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 4, 3, padding=1)
+        steps = [
+            nn.Sequential(nn.Conv2d(before, after, 3, 2, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.Dropout())
+            for before, after in [(4, 6), (6, 8), (8, 10)]
+        ]
+        self.add_module(trunk, nn.Sequential(*steps))
+        self.trunk = trunk
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x_NCHW):
+        return self.head(getattr(self, self.trunk)(self.stem(x_NCHW)).mean(dim=(2, 3)))
+
+
+def test_a_customers_network_works_with_named_stages():
+    torch.manual_seed(0)
+    net = Plain()
+    tapped = models.TappedNetwork(net.eval(), ["stem", "body.0", "body.2.0"])
+    outputs = hooked(net, tapped.stages)
+    x = torch.randn(2, 3, 20, 20)
+    features, logits = tapped(x)
+    assert features.shape == (2, 4 + 6 + 10)
+    torch.testing.assert_close(features, torch.cat([output.mean(dim=(2, 3)) for output in outputs.values()], dim=1))
+    torch.testing.assert_close(logits, net(x))
+
+
+def test_a_customers_network_with_channels_last_says_so():
+    class Last(nn.Module):
+        output_fmt = "NHWC"
+
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(3, 5)
+
+        def forward(self, x_NCHW):
+            return self.embed(x_NCHW.permute(0, 2, 3, 1)).mean(dim=(1, 2))
+
+    net = Last()
+    x = torch.randn(2, 3, 6, 4)
+    torch.testing.assert_close(Teacher(net, ["embed"])(x)[0], net(x))
+
+
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_a_customers_trunk_is_found_under_a_usual_name(in_channels):
+    assert models.find_stages(Plain("features", in_channels)) == ("features.0", "features.1", "features.2")
+    with pytest.raises(ConfigError, match="the stages of this network are not known"):
+        models.find_stages(Plain("body", in_channels))
+
+
+def test_looking_for_stages_leaves_the_network_and_the_generator_as_they_were():
+    net = Plain("features").train()
+    net.features[1].eval()
+    modes = [module.training for module in net.modules()]
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert models.find_stages(net) == models.find_stages(net)
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())
+    assert not any(module._forward_hooks for module in net.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_network_that_takes_no_probe_asks_for_its_stages_and_is_left_as_it_was():
+    class Fixed(Plain):
+        def forward(self, x_NCHW):
+            assert x_NCHW.shape[2] == 50
+            return super().forward(x_NCHW)
+
+    net = Fixed("features").train()
+    with pytest.raises(ConfigError, match="the stages of this network are not known") as caught:
+        models.find_stages(net)
+    assert caught.value.hint == "its children are: stem, features, head"
+    assert all(module.training for module in net.modules())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(("stage", "got"), [("spare", "nothing from spare"), ("pair", "tuple from pair")])
+def test_a_stage_without_a_tensor_is_named(stage, got):
+    class Pair(nn.Module):
+        def forward(self, x_NCHW):
+            return x_NCHW, x_NCHW
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare, self.pair = nn.Identity(), Pair()
+
+        def forward(self, x_NCHW):
+            return self.pair(x_NCHW)[0].mean(dim=(2, 3))
+
+    with pytest.raises(ConfigError, match="a stage gives no tensor") as caught:
+        Teacher(Odd(), [stage])(torch.randn(1, 3, 4, 4))
+    assert caught.value.got == got
 
 
 def test_stages_may_be_named():
@@ -457,5 +694,63 @@ def test_the_gate_sees_the_early_activation_in_cells(size_px):
     )
     torch.testing.assert_close(gate, by_hand)
     alone_early, alone_gate = models.EarlyStages(teacher, 1)(x)
+    torch.testing.assert_close(alone_early, early)
+    torch.testing.assert_close(alone_gate, gate)
+
+
+# -- families on ONNX Runtime ------------------------------------------------------------------------------
+
+
+def shaken(net):
+    """Batch-norm statistics and layer scales unlike their beginnings, so that each of them matters."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    for name, parameter in net.named_parameters():
+        if name.endswith("layer_scale"):
+            nn.init.uniform_(parameter, 0.5, 1, generator=generator)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "side_px"),
+    [
+        (lambda: network("mobilenet_v3_small"), 64),
+        (lambda: network("efficientnet_b0"), 64),
+        (lambda: network("convnext_tiny"), 64),
+        (lambda: network("timm/test_vit"), 160),
+        (small_vit, 32),
+    ],
+    ids=["mobilenet", "efficientnet", "convnext", "timm vit", "torchvision vit"],
+)
+def test_onnx_runtime_gives_torchs_answers_for_every_family(make, side_px):
+    torch.manual_seed(0)
+    preprocessing = PreprocessingConfig(size_px=side_px)
+    module = models.Normalised(Teacher(shaken(make())), preprocessing).eval()
+    graph = engine.to_onnx(
+        module, models.example_pixels(preprocessing), input_name="pixels", output_names=["features", "logits"]
+    )
+    # Images of different colours, so that the answers differ.
+    colours = torch.randint(0, 256, (5, 1, 1, 3), generator=torch.Generator().manual_seed(2))
+    pixels = (models.example_pixels(preprocessing, images=5) * 0.3 + colours * 0.7).to(torch.uint8)
+    with torch.no_grad():
+        expected = module(pixels)
+    for ours, reference in zip(engine.OnnxEngine(graph).run(pixels.numpy()), expected, strict=True):
+        assert ours.shape == reference.shape
+        assert reference.std(dim=0).mean() > 0
+        scale = float(reference.abs().max())
+        np.testing.assert_allclose(ours / scale, reference.numpy() / scale, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0", "swin_t"])
+def test_the_early_stages_alone_give_what_the_whole_gives(name):
+    torch.manual_seed(0)
+    teacher = Teacher(shaken(network(name)))
+    x = torch.randn(2, 3, 64, 64)
+    early, gate, _, late, _ = models.StagedTeacher(teacher, 2)(x)
+    torch.testing.assert_close(torch.cat([early, late], dim=1), teacher(x)[0])
+    alone_early, alone_gate = models.EarlyStages(teacher, 2)(x)
     torch.testing.assert_close(alone_early, early)
     torch.testing.assert_close(alone_gate, gate)
