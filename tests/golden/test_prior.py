@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize, stats
 
 from pu_ray.pu import prior
-from pu_ray.pu.prior import estimate_prior
+from pu_ray.pu.prior import estimate_prior, pooled_prior
 
 DRAWS = 200
 
@@ -85,6 +85,109 @@ def test_tied_scores_are_counted_on_both_sides():
     result = estimate_prior(np.ones(50), np.r_[np.ones(300), np.zeros(700)])
     assert result.estimate == pytest.approx(0.3)
     assert not result.is_upper_bound
+
+
+# -- pooled folds ------------------------------------------------------------------------------------------
+
+
+def cross_fitted(seed, true_prior, separation, positives=30, unlabeled=800):
+    """Five folds as `lake` makes them, each scored on a scale of its own."""
+    folds = [lake([seed, k], true_prior, separation, positives, unlabeled) for k in range(5)]
+    return [tuple(10.0 ** (k - 2) * side + 3 * k for side in fold) for k, fold in enumerate(folds)]
+
+
+@pytest.mark.parametrize("true_prior", [0.01, 0.05, 0.2, 0.5])
+def test_pooled_folds_give_the_prior_and_both_intervals_cover_it(true_prior):
+    results = [pooled_prior(cross_fitted(seed, true_prior, 6), resamples=60, seed=seed) for seed in range(DRAWS)]
+    noise = 3 * math.sqrt(0.95 * 0.05 / DRAWS)
+    assert np.mean([result.estimate for result in results]) == pytest.approx(true_prior, rel=0.08)
+    assert np.mean([result.low <= true_prior <= result.high for result in results]) >= 0.95
+    covered = np.mean([result.bootstrap_low <= true_prior <= result.bootstrap_high for result in results])
+    assert covered >= 0.95 - noise
+    # Both say something, and what the bands pay for holding always is width.
+    widths = np.mean([(r.bootstrap_high - r.bootstrap_low, r.high - r.low) for r in results], axis=0)
+    assert widths[0] < widths[1] < 2.5 * true_prior
+
+
+def test_scores_of_unlike_scorers_are_pooled_as_if_they_were_of_one():
+    alike = [lake([3, k], 0.1, 4, 40, 1000) for k in range(5)]
+    unlike = [(np.exp(positive * k), np.exp(unlabeled * k)) for k, (positive, unlabeled) in enumerate(alike, start=1)]
+    assert pooled_prior(unlike) == pooled_prior(alike)
+    # Put together as they are, the fold with the largest scores would speak for all.
+    naive = estimate_prior(*(np.concatenate(side) for side in zip(*cross_fitted(3, 0.1, 6), strict=True)))
+    pooled = pooled_prior(cross_fitted(3, 0.1, 6))
+    assert naive.is_upper_bound
+    assert not pooled.is_upper_bound
+    assert pooled.high - pooled.low < (naive.high - naive.low) / 2
+    assert pooled.estimate == pytest.approx(0.1, rel=0.2)
+
+
+def test_one_fold_says_what_the_plain_estimate_says():
+    for seed in range(10):
+        scores = lake(seed, 0.2, separation=6)
+        one, plain = pooled_prior([scores]), estimate_prior(*scores)
+        assert one.estimate == pytest.approx(plain.estimate, rel=0.02)
+        assert (one.low, one.high) == pytest.approx((plain.low, plain.high), rel=0.05)
+        assert (plain.bootstrap_low, plain.bootstrap_high) == (None, None)
+
+
+def test_pooled_folds_that_are_hard_to_tell_apart_give_an_upper_bound_and_say_so():
+    results = [pooled_prior(cross_fitted(seed, 0.05, 1, 100, 1000), resamples=40) for seed in range(40)]
+    assert np.mean([result.is_upper_bound for result in results]) >= 0.95
+    assert all(result.high >= 0.05 for result in results), "an upper bound must lie above"
+    assert np.mean([result.estimate >= 0.05 for result in results]) >= 0.95
+    assert np.mean([result.estimate for result in results]) > 0.1
+
+
+def test_folds_of_unlike_size_and_quality_are_pooled_too():
+    folds = [lake([7, 0], 0.2, 8, 100, 3000), lake([7, 1], 0.2, 3, 20, 500), lake([7, 2], 0.2, 6, 40, 1500)]
+    result = pooled_prior(folds)
+    assert result.estimate == pytest.approx(0.2, rel=0.15)
+    assert result.low <= 0.2 <= result.high
+
+
+def test_a_bootstrap_can_be_repeated_and_is_not_always_the_same():
+    folds = cross_fitted(4, 0.2, 4)
+    assert pooled_prior(folds, seed=1) == pooled_prior(folds, seed=1)
+    one, other = pooled_prior(folds, seed=1), pooled_prior(folds, seed=2)
+    assert (one.bootstrap_low, one.bootstrap_high) != (other.bootstrap_low, other.bootstrap_high)
+    assert (one.estimate, one.low, one.high) == (other.estimate, other.low, other.high)
+
+
+def test_resampled_ranks_are_those_of_the_resampled_scores():
+    # The same draw, taken the slow way: pick the scores, count for each positive the unlabeled at or above it.
+    positive, unlabeled = (np.sort(side.round(1)) for side in lake(8, 0.3, 1, positives=20, unlabeled=50))
+    assert len(set(unlabeled)) < 50, "there are ties"
+    assert set(positive) & set(unlabeled), "on both sides"
+    fast = prior._resampled_ranks(positive, unlabeled, 7, np.random.default_rng(5))
+    generator = np.random.default_rng(5)
+    chosen_p, chosen_u = generator.integers(0, 20, (7, 20)), generator.integers(0, 50, (7, 50))
+    above = (unlabeled[::-1][chosen_u][:, None, :] >= positive[chosen_p][:, :, None]).sum(axis=2)
+    np.testing.assert_array_equal(fast, np.minimum((above + 0.5) / 50, 1))
+
+
+def test_a_bootstrap_in_parts_is_as_wide_as_one_in_one_piece(monkeypatch):
+    folds = cross_fitted(5, 0.2, 4)
+    whole = pooled_prior(folds)
+    monkeypatch.setattr(prior, "_MOST_VALUES", 800 * 7)  # 28 full parts and a rest
+    parts = pooled_prior(folds)
+    assert parts.bootstrap_high - parts.bootstrap_low == pytest.approx(
+        whole.bootstrap_high - whole.bootstrap_low, rel=0.3
+    )
+
+
+def test_folds_that_cannot_be_used_are_refused():
+    scores = np.arange(20.0)
+    with pytest.raises(ValueError, match="fold 1 has no scores on one side, got 0, 20"):
+        pooled_prior([(scores, scores), (scores[:0], scores)])
+    with pytest.raises(ValueError, match="at least 10 scores are needed on either side, got 8, 40"):
+        pooled_prior([(scores[:4], scores), (scores[:4], scores)])
+    with pytest.raises(ValueError, match="at least 10 scores are needed on either side, got 0, 0"):
+        pooled_prior([])
+    with pytest.raises(ValueError, match="scores must be finite"):
+        pooled_prior([(scores, scores), (scores, np.full(20, math.nan))])
+    with pytest.raises(ValueError, match=r"confidence 0\.95 needs at least 40 resamples, got 39"):
+        pooled_prior([(scores, scores)], resamples=39)
 
 
 # -- the bands ---------------------------------------------------------------------------------------------
