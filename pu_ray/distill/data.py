@@ -117,7 +117,7 @@ class Batches:
     def at(self, step: int) -> Pixels:
         """The batch of a step, uint8 [batch_size, H, W, C]."""
         batch = np.concatenate([source[rows] for source, rows in self._draw(step) if len(rows)])
-        return _augmented(batch, self.augment, np.random.default_rng([self.seed, self.rank, step, 1]))
+        return augmented(batch, self.augment, np.random.default_rng([self.seed, self.rank, step, 1]))
 
     def _draw(self, step: int) -> list[tuple[Pixels, npt.NDArray[np.int64]]]:
         if self.labeled_share == "auto":
@@ -141,7 +141,7 @@ class Batches:
         return rows
 
 
-def _augmented(batch: Pixels, augment: AugmentConfig, generator: np.random.Generator) -> Pixels:
+def augmented(batch: Pixels, augment: AugmentConfig, generator: np.random.Generator) -> Pixels:
     """One random crop and flip per image; teacher and student get the result."""
     padding = augment.crop_padding_px
     if padding:

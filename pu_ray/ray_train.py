@@ -1,0 +1,206 @@
+"""Ray Train around a loop that does not know it: places workers, keeps checkpoints, shows progress, explains failure.
+
+A run is named by the identity of what it makes. Started again with the same identity it goes on from its last
+checkpoint, whoever was killed: a worker, a node or the driver.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pu_ray.config import TrainResources
+from pu_ray.errors import ClusterError, PuRayError
+from pu_ray.progress import Progress
+from pu_ray.storage import Storage, storage_for_ray
+
+FOLDER = "_train"  # Ray Train's own, below the artifact's folder; hidden from listings
+_CHECKPOINT_FILE = "checkpoint.pt"
+_POLL_S = 0.5
+# A short spin between operators: passive waiting alone costs a third of the throughput of two threads, and endless
+# spinning stalls a busy machine (docs/LOG.md).
+_WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "100000"}
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a loop needs to know of its surroundings.
+
+    Attributes:
+        rank: Which worker this is, from 0.
+        world: How many there are.
+        device: Where to compute.
+        checkpoint: Bytes of the last checkpoint, to go on from.
+        report: Called by every worker equally often, with figures and, lazily, the bytes of a checkpoint.
+        count_images: Called with the number of images that all workers together have just seen.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    checkpoint: bytes | None
+    report: Callable[[dict[str, float], Callable[[], bytes]], None]
+    count_images: Callable[[int], None]
+
+
+def alone(progress: Progress) -> Worker:
+    """A single worker in this process, without Ray and without checkpoints."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Worker(0, 1, device, None, lambda _figures, _checkpoint: None, progress.advance)
+
+
+class _Counter:
+    """Counts images for the driver to show."""
+
+    def __init__(self) -> None:
+        self._images = 0
+
+    def add(self, images: int) -> None:
+        self._images += images
+
+    def images(self) -> int:
+        return self._images
+
+
+def _report(figures: dict[str, float], checkpoint: Callable[[], bytes]) -> None:
+    import ray.train
+
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(figures)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _CHECKPOINT_FILE).write_bytes(checkpoint())
+        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _work(arguments: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    torch.set_num_threads(arguments["threads"])
+    saved: bytes | None = None
+    if (latest := ray.train.get_checkpoint()) is not None:
+        with latest.as_directory() as folder:
+            saved = (Path(folder) / _CHECKPOINT_FILE).read_bytes()
+    counter = arguments["counter"]
+    first = context.get_world_rank() == 0
+    arguments["loop"](
+        Worker(
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+            checkpoint=saved,
+            report=_report,
+            count_images=lambda images: counter.add.remote(images) if first else None,
+        )
+    )
+
+
+def run(
+    loop: Callable[[Worker], None],
+    *,
+    identity: str,
+    target: Storage,
+    workers: int | tuple[int, int],
+    resources: TrainResources,
+    max_failures: int,
+    progress: Progress,
+) -> None:
+    """Train, and forget the checkpoints.
+
+    Args:
+        loop: Picklable; leaves its result in the artifact's folder.
+        identity: Of what it makes.
+        target: The artifact's folder.
+        workers: How many, or the fewest and the most.
+        resources: Of one worker.
+        max_failures: Losses of workers that a restart may mend.
+        progress: Advanced by images.
+
+    Raises:
+        DataError: Raised by a worker.
+        ClusterError: Training failed more often than `max_failures` allows.
+    """
+    import ray
+    import ray.train
+    import ray.train.torch
+
+    counter = ray.remote(num_cpus=0)(_Counter).remote()
+    filesystem, root = storage_for_ray(target.child(FOLDER))
+    if target.is_local:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    demand: dict[str, float] = {"CPU": resources.cpus}
+    if resources.gpus:
+        demand["GPU"] = resources.gpus
+    trainer = ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={"loop": loop, "counter": counter, "threads": max(1, int(resources.cpus))},
+        scaling_config=ray.train.ScalingConfig(
+            # Ray Train V2 takes (fewest, most); the annotation is still the older one's.
+            num_workers=workers,  # type: ignore[arg-type]
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=demand,
+        ),
+        run_config=ray.train.RunConfig(
+            # The name is the identity: Ray Train goes on from the checkpoints of a run of the same name.
+            name=identity[:32],
+            storage_path=root,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": dict(_WORKER_ENVIRONMENT)},  # type: ignore[call-arg]  # V2 has it
+        ),
+    )
+    with _watching(counter, progress):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _reason(error) from error
+
+
+class _watching:
+    """Forwards the counter to the progress bar while the trainer blocks the driver."""
+
+    def __init__(self, counter: Any, progress: Progress) -> None:
+        self._counter = counter
+        self._progress = progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        import ray
+
+        shown = 0
+        while not self._stop.wait(_POLL_S):
+            images = ray.get(self._counter.images.remote())
+            self._progress.advance(images - shown)
+            shown = images
+
+
+def _reason(error: BaseException) -> PuRayError:
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, PuRayError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    text = "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items()) or str(error)
+    return ClusterError(
+        "training failed", got=text[:2000], hint="run the same command again: it goes on from the last checkpoint"
+    )
