@@ -158,6 +158,52 @@ def report(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose =
 
 
 @app.command()
+def audit(
+    job: Job,
+    set_: Set = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="Images to draw; with --answers those count that were drawn.")
+    ] = 200,
+    answers: Annotated[
+        str | None, typer.Option(metavar="FILE.csv", help="The filled form: path or URI. Publishes the bound.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a person judge a sample of the selection: a bound on precision that holds."""
+    _State.verbose = verbose
+    pipeline = _pipeline(_load(job, set_), None, verbose, quiet)
+    if answers is None:
+        drawn = pipeline.audit(images)
+        if as_json:
+            _print_json(drawn)
+        else:
+            print(_to_judge(drawn, job))
+        return
+    from pu_ray import audit as auditor
+
+    audited = pipeline.audited(answers)
+    if as_json:
+        _print_json(audited.model_dump(mode="json", exclude={"files"}))
+    else:
+        print(auditor.render(audited))
+
+
+def _to_judge(drawn: dict[str, Any], job: Path) -> str:
+    return "\n".join(
+        [
+            f"{drawn['drawn']:,} of {drawn['selected']:,} selected images are drawn",
+            "",
+            "next:",
+            f"  open {drawn['sheet']}",
+            f"  fill in the column `correct` of {drawn['form']}",
+            f"  pu-ray audit {job} --answers {drawn['form']}",
+        ]
+    )
+
+
+@app.command()
 def demo(
     folder: Annotated[str, typer.Argument(help="Where to build it.")] = "demo",
     rows: Annotated[int, typer.Option(help="Images in the lake.")] = 21_000,
@@ -452,6 +498,9 @@ def _achieved(summary: dict[str, Any], job: JobConfig) -> str:
     if summary.get("mined_precision"):
         lines.append(f"  mined precision  {percent(summary['mined_precision'])}")
         lines.append(f"  mined recall     {percent(summary['mined_recall'])}")
+    if summary.get("audit"):
+        found = summary["audit"]["precision"]
+        lines.append(f"  audited          {percent(found)}, at least {100 * found['bound']:.2f} % precision")
     output = job.output.rstrip("/")
     lines += ["", "next:", f"  open {output}/report.html"]
     if summary.get("exported"):

@@ -64,15 +64,20 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
     if scored is not None:
         summary["scored_rows"] = scored.counts["rows"] - scored.counts["errors"]
     if selected := done.get("select"):
-        promise = selected.facts["promise"]
+        promise = selected.facts["promise"] or {}
         summary |= {
             "mined_rows": selected.counts["selected"],
             "leaks_removed": selected.counts["leak"] + selected.counts["near_leak"],
             "leaks_exact": selected.counts["leak"],
             "leaks_near": selected.counts["near_leak"],
-            "recall_promise": promise and {"recall": promise["recall"], "confidence": promise["confidence"]},
+            "recall_promise": {name: promise[name] for name in ("recall", "confidence")} if "recall" in promise else None,
+            "discard_promise": {"positives_share": promise["rate"]} if "rate" in promise else None,
             "threshold": selected.facts["threshold"],
         }
+        # A person's judgment of another selection says nothing about this one.
+        audited = manifest.read(storage.child("audit"))
+        if audited is not None and audited.inputs["select"] == selected.identity:
+            summary["audit"] = {**audited.counts, **audited.facts}
     if evaluated := done.get("evaluate"):
         facts = evaluated.facts
         summary |= {key: facts[key] for key in ("teacher_accuracy", "student_accuracy", "gap_to_teacher", "agreement")}

@@ -174,14 +174,14 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong_on_stderr(call, argumen
 def test_help_lists_every_verb_of_the_design(call):
     status, out, _ = call("--help")
     assert status == 0
-    verbs = (
-        "run features fit score select distill evaluate export report demo plan submit status logs stop serve predict"
-    )
-    for verb in [*verbs.split(), "config"]:
+    verbs = "run features fit score select distill evaluate export report audit demo plan submit status logs stop"
+    for verb in [*verbs.split(), "serve", "predict", "config"]:
         assert f"\n  {verb} " in out
 
 
-@pytest.mark.parametrize("verb", ["run", "features", "report", "plan", "config show", "serve", "predict", "submit"])
+@pytest.mark.parametrize(
+    "verb", ["run", "features", "report", "audit", "plan", "config show", "serve", "predict", "submit"]
+)
 def test_every_verb_explains_itself(call, verb):
     status, out, err = call(*verb.split(), "--help")
     assert status == 0
@@ -375,6 +375,51 @@ def test_config_schema_is_the_json_schema(call):
     status, out, err = call("config", "schema")
     assert (status, err) == (0, "")
     assert json.loads(out) == config.json_schema()
+
+
+# -- audit -------------------------------------------------------------------------------------------------
+
+DRAWN = {"drawn": 200, "selected": 1336, "sheet": "/run/audit/sheet.html", "form": "/run/audit/audit.csv"}
+
+
+def test_an_audit_says_what_to_look_at_and_what_to_type_next(call, pipeline, job_file):
+    asked = []
+    pipeline.audit = lambda _, images: asked.append(images) or DRAWN
+    status, out, err = call("audit", job_file)
+    assert (status, err) == (0, "")
+    for part in (
+        "200 of 1,336 selected images are drawn",
+        "open /run/audit/sheet.html",
+        "fill in the column `correct` of /run/audit/audit.csv",
+        f"pu-ray audit {job_file} --answers /run/audit/audit.csv",
+    ):
+        assert part in out
+    assert json.loads(call("audit", job_file, "--images", "50", "--json")[1]) == DRAWN
+    assert asked == [200, 50]
+    assert call("audit", job_file, "--images", "0")[0] == 2
+
+
+def test_answers_are_printed_as_the_bound_they_give(call, pipeline, job_file):
+    from pu_ray.manifest import Manifest
+
+    counts = {"drawn": 200, "judged": 150, "correct": 147, "unjudged": 50}
+    precision = {"value": 0.98, "bound": 0.95, "low": 0.94, "high": 0.99, "confidence": 0.95, "n": 150}
+    common = {"stage": "audit", "identity": "x", "inputs": {}, "seed": 0, "seconds": 1.0, "finished_at": "now"}
+    facts = {"precision": precision, "in_order": True}
+    pipeline.audited = lambda _, answers: Manifest(**common, counts=counts, facts=facts, files={answers: 1})
+    status, out, err = call("audit", job_file, "--answers", "a.csv")
+    assert (status, err) == (0, "")
+    assert out.startswith("precision: at least 95.00 %, with confidence 95 %\n  147 of 150 judged images are right")
+    assert "50 of 200 are not judged" in out
+    document = json.loads(call("audit", job_file, "--answers", "a.csv", "--json")[1])
+    assert (document["counts"], document["facts"]) == (counts, facts)
+
+
+def test_an_audited_run_says_so(call, pipeline, job_file):
+    pipeline.outcome = SUMMARY | {"audit": {"precision": {**rate(0.97), "bound": 0.945}}}
+    assert (
+        "audited          97.00 %  (92.00 to 100.00, n = 100), at least 94.50 % precision" in call("run", job_file)[1]
+    )
 
 
 # -- demo --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from artifacts import CLASSES, COUNTS, FACTS, identity_columns, job, png, publis
 
 from pu_ray import manifest, pipeline, report, schema
 from pu_ray.config import JobConfig
+from pu_ray.manifest import Publication
 from pu_ray.storage import Storage
 
 # A job without a cascade has no such step.
@@ -334,3 +335,33 @@ def test_scaled_decoding_is_shown_with_what_it_changed(tmp_path, no_plots):
     config = make(tmp_path, "materialise", facts={"features": {"scaled_decode": checked}})
     assert summarise(config)["scaled_decode"] == checked
     assert "the same on 99.5 % of 200 images; pixels differ by 0.31 of 255" in Page(render(config)).text
+
+
+AUDIT = {
+    "counts": {"drawn": 200, "judged": 190, "correct": 180, "unjudged": 10},
+    "facts": {"precision": {**rate(0.9474, 190), "bound": 0.9123, "confidence": 0.95}, "in_order": True},
+}
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_persons_judgment_is_shown_with_what_it_rests_on(tmp_path, no_plots, in_order):
+    config = make(tmp_path, "evaluate")
+    selected = manifest.read(Storage(config.output).child("selection"))
+    facts = {**AUDIT["facts"], "in_order": in_order}
+    inputs = {"select": selected.identity, "answers": "digest"}
+    Publication("audit", "audited", inputs, 0).publish(
+        Storage(config.output).child("audit"), counts=AUDIT["counts"], facts=facts
+    )
+    assert summarise(config)["audit"] == {**AUDIT["counts"], **facts}
+    text = Page(render(config)).text
+    assert "at least 91.23 % with confidence 95 %: 180 of 190 images of a random sample are right, 94.74 %" in text
+    assert ("10 were left out, so it holds only if" in text) == (not in_order)
+
+
+def test_a_judgment_of_another_selection_is_not_shown(tmp_path, no_plots):
+    config = make(tmp_path, "evaluate")
+    Publication("audit", "audited", {"select": "another one", "answers": "digest"}, 0).publish(
+        Storage(config.output).child("audit"), **AUDIT
+    )
+    assert "audit" not in summarise(config)
+    assert "judged by a person" not in Page(render(config)).text
