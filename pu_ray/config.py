@@ -193,14 +193,19 @@ class OptimizerConfig(_Section):
 class ScorerConfig(_Section):
     """The PU classifier that tells lake images of the teacher's classes from all others."""
 
-    kind: Literal["nnpu", "pvu"] = Field(
-        default="nnpu",
-        description="nnpu: non-negative PU risk (Kiryo et al. 2017); pvu: logistic positive-vs-unlabeled.",
+    kind: Literal["auto", "nnpu", "ted", "pvu"] = Field(
+        default="auto",
+        description="nnpu: non-negative PU risk (Kiryo et al. 2017); ted: (TED)^n, unlabeled images that look most "
+        "positive are left out (Garg et al. 2021); pvu: logistic positive-vs-unlabeled; auto: whichever ranks held-out "
+        "positives highest above the lake (finetuned: nnpu).",
     )
     features: Literal["frozen", "finetuned"] = Field(
         default="frozen", description="frozen: a head on cached features; finetuned: the whole network (the paper)."
     )
     prior: Literal["auto"] | OpenShare = Field(default="auto", description="Share of positives in the lake.")
+    prior_folds: Annotated[int, Field(ge=3, le=20)] = Field(
+        default=5, description="prior auto: every labeled image is held out once, in one of so many fits."
+    )
     attention: bool = Field(default=True, description="Squeeze-and-excitation gate over the multi-scale features.")
     hidden: Annotated[int, Field(ge=0)] = Field(default=64, description="Width of a hidden layer; 0: none.")
     loss: Literal["sigmoid", "logistic"] = Field(default="logistic", description="nnPU: loss of one margin.")
@@ -214,6 +219,7 @@ class ScorerConfig(_Section):
         default="keep",
         description="A lake that grew: keep scorer and gate, so that only new shards are worked on, or fit them anew.",
     )
+    workers: PositiveInt = Field(default=1, description="Ray Train workers; finetuned only.")
     split: SplitConfig = SplitConfig()
     batch_size: Annotated[int, Field(ge=2)] = 512
     positive_share: OpenShare = Field(default=0.25, description="Share of labeled positives in every step.")
@@ -221,29 +227,67 @@ class ScorerConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2, weight_decay=1.0)
 
 
+# Rules with a threshold on the score; the others rank the lake by something and take a budget of it.
+THRESHOLD_RULES = ("recall", "fdr_discard", "zero")
+CONTROL_RULES = ("everything", "random", "confidence", "energy", "neighbours", "oracle")
+
+
 class SelectionConfig(_Section):
     """Which lake images teach the student."""
 
-    rule: Literal["recall", "budget", "zero", "random"] = Field(
+    rule: Literal[
+        "recall",
+        "fdr_discard",
+        "zero",
+        "budget",
+        "everything",
+        "random",
+        "confidence",
+        "energy",
+        "neighbours",
+        "oracle",
+    ] = Field(
         default="recall",
-        description="recall: keep a promised share of positives; budget: the best N; "
-        "zero: score > 0 (the paper); random: N at random (a control).",
+        description="recall: keep a promised share of positives; fdr_discard: of what is discarded at most a share is "
+        "positive; zero: score > 0 (the paper); budget: the best N by score. Controls: everything; N at random; the N "
+        "the teacher is most confident of (DFND); the N of highest energy; the N nearest to a labeled image in "
+        "feature space; oracle: the true positives (needs lake.truth).",
     )
     recall: OpenShare = 0.95
     confidence: OpenShare = 0.95
+    fdr: OpenShare = Field(default=0.05, description="fdr_discard: share of positives among what is discarded.")
+    per: Literal["lake", "class"] = Field(
+        default="lake", description="recall: one threshold and promise for the lake, or one for each predicted class."
+    )
     budget: PositiveInt | None = Field(default=None, description="At most this many images.")
+    prefer: Literal["purest", "any", "uncertain", "spread"] = Field(
+        default="purest",
+        description="When the budget binds, which of those that pass the threshold: the highest scores; any, at "
+        "random; those the teacher is least sure of; or equally many from every region of feature space.",
+    )
     balance: Literal["quota", "none"] = Field(
         default="quota", description="quota: when the budget binds, classes get equal shares, unused ones pass on."
     )
+    duplicates: Literal["exact", "near"] = Field(
+        default="near", description="What counts as a copy of a better image and is left out."
+    )
     near_copy_correlation: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.995,
-        description="Leak check: thumbnails that correlate this much with a test image's are copies of it.",
+        description="Thumbnails that correlate this much are near copies: of a test image (leaks), or of each other.",
     )
 
     @model_validator(mode="after")
     def _budget_where_needed(self) -> Self:
-        if self.rule in ("budget", "random") and self.budget is None:
+        if self.rule in ("budget", "random", "confidence", "energy", "neighbours") and self.budget is None:
             raise ValueError(f"rule {self.rule!r} needs selection.budget, the number of images to choose")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_match_the_rule(self) -> Self:
+        if self.prefer != "purest" and self.rule not in THRESHOLD_RULES:
+            raise ValueError(f"prefer chooses among those that pass a threshold, and rule {self.rule!r} has none")
+        if self.per == "class" and self.rule != "recall":
+            raise ValueError(f"per 'class' belongs to rule 'recall', got {self.rule!r}")
         return self
 
 
@@ -310,7 +354,7 @@ class EvaluationConfig(_Section):
     """The one look at the test images."""
 
     gate: GateConfig = GateConfig()
-    controls: tuple[Literal["random"], ...] = Field(
+    controls: tuple[Literal["everything", "random", "confidence", "energy", "neighbours", "oracle"], ...] = Field(
         default=(), description="Students to train beside ours, with equal budget and the same recipe."
     )
     batch_size: PositiveInt = 256
@@ -408,6 +452,18 @@ class JobConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_oracle_knows_the_truth(self) -> Self:
+        if "oracle" in (self.selection.rule, *self.evaluation.controls) and self.lake.truth is None:
+            raise ValueError("the oracle needs lake.truth, the true class of every lake image")
+        return self
+
+    @model_validator(mode="after")
+    def _spread_needs_features(self) -> Self:
+        if self.selection.prefer == "spread" and not self.features.cache:
+            raise ValueError("selection.prefer 'spread' looks at features, which features.cache false does not keep")
+        return self
+
     def section(self, dotted: str) -> Any:
         """The value at a dotted path as plain JSON data, for example `"teacher.preprocessing"`."""
         value: Any = self.model_dump(mode="json", by_alias=True)
@@ -438,7 +494,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
                 "milestones": [50 / 170, 100 / 170, 150 / 170],
             },
         },
-        "selection": {"rule": "zero", "balance": "none"},
+        "selection": {"rule": "zero", "balance": "none", "duplicates": "exact"},
         "distill": {
             "epochs": 200,
             "batch_size": 2048,

@@ -104,25 +104,47 @@ class TorchEngine:
 
 
 class Scorer:
-    """A head behind a network: pixels to scores [N] and logits [N, K]; after a cascade also its margins [N].
+    """A head behind a network, from pixels to what the selection looks at.
 
     Args:
         network: Gives features [N, D] and logits [N, K], and a cascade's margins [N].
         head: Features to scores [N].
+        neighbours: Features to the cosine with the nearest labeled image [N].
     """
 
-    def __init__(self, network: Engine, head: Engine) -> None:
+    def __init__(self, network: Engine, head: Engine, neighbours: Engine) -> None:
         self._network = network
         self._head = head
+        self._neighbours = neighbours
 
     def run(self, batch: Array) -> list[Array]:
-        """See `Engine.run`; an image that the gate rejected scores minus infinity."""
+        """Scores [N], logits [N, K], cosines [N]; an image that the gate rejected scores minus infinity."""
         features, logits, *margin = self._network.run(batch)
         passed = margin[0] >= 0 if margin else np.ones(len(batch), bool)
         scores = np.full(len(batch), -np.inf, np.float32)
+        cosines = np.zeros(len(batch), np.float32)
         if passed.any():
             scores[passed] = self._head.run(features[passed])[0]
-        return [scores, logits, *margin]
+            cosines[passed] = self._neighbours.run(features[passed])[0]
+        return [scores, logits, cosines]
+
+
+class FinetunedScorer:
+    """A scorer with a trunk of its own, beside the teacher.
+
+    Args:
+        network: Gives scores [N], the teacher's logits [N, K] and features [N, D].
+        neighbours: Those features to the cosine with the nearest labeled image [N].
+    """
+
+    def __init__(self, network: Engine, neighbours: Engine) -> None:
+        self._network = network
+        self._neighbours = neighbours
+
+    def run(self, batch: Array) -> list[Array]:
+        """Scores [N], logits [N, K], cosines [N]."""
+        scores, logits, features = self._network.run(batch)
+        return [scores, logits, self._neighbours.run(features)[0]]
 
 
 class Cascade:

@@ -39,8 +39,10 @@ class Step:
         module: Where its `run` is.
         upstream: Steps whose results it reads.
         outside: Outside sources it reads, see `Sources`.
+        outside_if: One more of those, a dotted setting, and the value with which it is read.
         sections: Dotted parts of the configuration it reads.
         needs_ray: Whether `run` needs a running Ray.
+        needs_ray_if: A dotted setting and the value with which it needs one all the same.
         only_if: Dotted setting without which the step does not exist.
         growing: Steps it reads whose result may grow with the lake without outdating its own: `lake_base` tells.
     """
@@ -53,8 +55,22 @@ class Step:
     outside: tuple[str, ...]
     sections: tuple[str, ...]
     needs_ray: bool = False
+    needs_ray_if: tuple[str, str] | None = None
+    outside_if: tuple[str, str, str] | None = None
     only_if: str | None = None
     growing: tuple[str, ...] = ()
+
+    def sources(self, job: JobConfig) -> tuple[str, ...]:
+        """The outside sources that this job's step reads."""
+        if self.outside_if is not None and job.section(self.outside_if[1]) == self.outside_if[2]:
+            return (*self.outside, self.outside_if[0])
+        return self.outside
+
+    def on_ray(self, job: JobConfig) -> bool:
+        """Whether this job's step needs a running Ray."""
+        return self.needs_ray or (
+            self.needs_ray_if is not None and job.section(self.needs_ray_if[0]) == self.needs_ray_if[1]
+        )
 
 
 _NETWORKS = ("teacher.architecture", "teacher.options", "teacher.preprocessing", "teacher.stages")
@@ -120,6 +136,7 @@ STEPS = (
             "selection.confidence",
         ),
         growing=("features",),
+        needs_ray_if=("scorer.features", "finetuned"),
     ),
     Step(
         "score",
@@ -138,6 +155,7 @@ STEPS = (
         "pu_ray.select",
         upstream=("features", "fit", "score"),
         outside=("test",),
+        outside_if=("truth", "selection.rule", "oracle"),
         sections=("selection",),
     ),
     Step(
@@ -188,12 +206,13 @@ _CONTROL_STEPS = ("select", "materialise", "distill", "evaluate")
 
 
 @dataclass(frozen=True)
-class _ControlStorage(Storage):
+class ControlStorage(Storage):
     """A control's own folder, which sees the job's artifacts where it has none of its own."""
 
     shared: Storage = field(kw_only=True)
 
     def child(self, name: str) -> Storage:
+        """The job's own artifact where controls share it."""
         return self.shared.child(name) if name in _SHARED_WITH_CONTROLS else super().child(name)
 
 
@@ -305,7 +324,7 @@ def identities(job: JobConfig, sources: Sources, shared: Known | None = None) ->
         if step.name not in result:
             # Without a cache the features are a sample for the fit, and as good as ever when the lake grows.
             sampled = step.name == "features" and not job.features.cache
-            inputs = {name: sources["lake_base" if sampled and name == "lake" else name] for name in step.outside}
+            inputs = {name: sources["lake_base" if sampled and name == "lake" else name] for name in step.sources(job)}
             inputs |= {name: result[name][0] for name in step.upstream if name in result and name not in step.growing}
             settings = {path: job.section(path) for path in step.sections}
             result[step.name] = (manifest.identity(step.name, settings, inputs, job.seed), inputs)
@@ -386,21 +405,38 @@ class Pipeline:
             check_networks(self.job, [name for name in ("teacher", "student") if name in sections])
             own = {step.name for step in steps}
             for step in steps:
-                for needed in self._steps:
-                    name = needed.name
-                    if (
-                        name in step.upstream
-                        and name not in own
-                        and not manifest.is_current(self.storage.child(needed.folder), known[name][0])
-                    ):
-                        raise DataError(
-                            f"`{verb}` needs the result of `{needed.verb}`, which is missing or out of date",
-                            where=str(self.storage.child(needed.folder)),
-                            hint=f"run `pu-ray {needed.verb} JOB.yaml`, or `pu-ray run JOB.yaml` for everything",
-                        )
+                self._require_current(verb, [name for name in step.upstream if name not in own], known)
                 if not self._run_step(step, self.job, self.storage, known):
                     self._narrator.say(f"{step.name}: nothing to do, it is done with the same inputs")
             return [manifest.require(self.storage.child(step.folder), step.verb) for step in steps]
+
+    def audit(self, images: int) -> dict[str, Any]:
+        """Draw a sample of the selection for a person to judge.
+
+        Raises:
+            DataError: There is no current selection, or an earlier audit would be overwritten.
+            ClusterError: Another run is at work on this output.
+        """
+        from pu_ray import audit
+
+        with self._stack:
+            self._begin_audit()
+            return audit.draw(self.job, self.storage, images)
+
+    def audited(self, answers: str) -> Manifest:
+        """Count what a person answered, and show it in the report.
+
+        Raises:
+            DataError: The sample is not of the current selection, or the answers cannot be used.
+            ClusterError: Another run is at work on this output.
+        """
+        from pu_ray import audit
+
+        with self._stack:
+            known = self._begin_audit()
+            published = audit.publish(self.job, self.storage, answers)
+            self._report(known)
+            return published
 
     def report(self) -> dict[str, Any]:
         """Summary and report of what is there."""
@@ -414,6 +450,24 @@ class Pipeline:
         """Keep other runs away from the output until the end."""
         held = lease.hold(self.storage, f"{what} of job {self.job.name}", note=self._narrator.say)
         self._lease = self._stack.enter_context(held)
+
+    def _begin_audit(self) -> Known:
+        check_paths(self.job)
+        self._begin("audit")
+        known = identities(self.job, self._sources)
+        self._require_current("audit", ["select", "materialise"], known)
+        return known
+
+    def _require_current(self, verb: str, names: Sequence[str], known: Known) -> None:
+        for needed in self._steps:
+            if needed.name in names and not manifest.is_current(
+                self.storage.child(needed.folder), known[needed.name][0]
+            ):
+                raise DataError(
+                    f"`{verb}` needs the result of `{needed.verb}`, which is missing or out of date",
+                    where=str(self.storage.child(needed.folder)),
+                    hint=f"run `pu-ray {needed.verb} JOB.yaml`, or `pu-ray run JOB.yaml` for everything",
+                )
 
     def _all_current(self, known: Known) -> bool:
         return all(manifest.is_current(self.storage.child(step.folder), known[step.name][0]) for step in self._steps)
@@ -435,7 +489,7 @@ class Pipeline:
             gate.require(manifest.require(storage.child("evaluation"), "evaluate"), str(storage.child("evaluation")))
         if self._lease is not None:
             self._lease.check()
-        if step.needs_ray and not self._ray_is_up:
+        if step.on_ray(job) and not self._ray_is_up:
             self._narrator.say("starting Ray")
             self._stack.enter_context(self._session())
             self._ray_is_up = True
@@ -452,7 +506,7 @@ class Pipeline:
         """A control's job, its storage and the identities of its steps."""
         chosen = manifest.require(self.storage.child("selection"), "select").counts["selected"]
         job = control_job(self.job, control, chosen)
-        storage = _ControlStorage(f"{self.storage.uri}/controls/{control}", shared=self.storage)
+        storage = ControlStorage(f"{self.storage.uri}/controls/{control}", shared=self.storage)
         main = identities(self.job, self._sources)
         shared = {name: main[name] for name in _SHARED_STEPS if name in main}
         return job, storage, identities(job, self._sources, shared)
@@ -486,7 +540,9 @@ class Pipeline:
         }
         state = {name: [document.identity, document.finished_at] for name, document in current.items()}
         controls = self._finished_controls() if "select" in current else {}
-        identity = settings_of.digest({"steps": state, "controls": controls})
+        audited = manifest.read(self.storage.child("audit"))
+        audit = [audited.identity, audited.finished_at] if audited else None
+        identity = settings_of.digest({"steps": state, "controls": controls, "audit": audit})
         if self.storage.kind(SUMMARY_FILE) == "file" and self.storage.kind(REPORT_FILE) == "file":
             present: dict[str, Any] = self.storage.read_json(SUMMARY_FILE)
             if present.get("identity") == identity:
@@ -501,7 +557,8 @@ class Pipeline:
 
 def control_job(job: JobConfig, control: str, budget: int) -> JobConfig:
     """The same job with another choice of as many images."""
-    selection = job.selection.model_copy(update={"rule": control, "budget": budget})
+    chosen = {"rule": control, "budget": None if control == "everything" else budget, "prefer": "purest", "per": "lake"}
+    selection = job.selection.model_copy(update=chosen)
     evaluation = job.evaluation.model_copy(update={"controls": ()})
     return job.model_copy(update={"selection": selection, "evaluation": evaluation})
 

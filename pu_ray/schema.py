@@ -25,6 +25,9 @@ GATE: Final = "gate"  # margin of the cascade's gate; below 0 the rest of the ne
 SCORE: Final = "score"  # minus infinity for an image that the gate rejected
 PREDICTED: Final = "predicted"  # the teacher's argmax class; NO_CLASS where the teacher was spared
 CONFIDENCE: Final = "confidence"  # the teacher's softmax probability of that class
+ENERGY: Final = "energy"  # log-sum-exp of the teacher's logits (Liu et al. 2020)
+ENTROPY: Final = "entropy"  # of the teacher's softmax, in nats
+NEIGHBOUR: Final = "neighbour"  # cosine with the nearest labeled training image, in standardised feature space
 ORDER: Final = "order"  # position in the mined set; any prefix is class-stratified
 WHY: Final = "why"
 CLASS: Final = "class"  # true class, or -1 for an image of no class; only where the truth is known
@@ -76,7 +79,7 @@ def features(feature_width: int, classes: int) -> pa.Schema:
 
 
 def scores(thumbnails: bool = False) -> pa.Schema:
-    """One row per lake row: the PU logit, the teacher's class and confidence, or an error code.
+    """One row per lake row: the PU logit, the teacher's class and how sure it is, what controls rank by; or an error.
 
     Args:
         thumbnails: Whether they are kept here, because no feature cache holds them.
@@ -88,6 +91,9 @@ def scores(thumbnails: bool = False) -> pa.Schema:
             pa.field(SCORE, pa.float32()),
             pa.field(PREDICTED, pa.int32()),
             pa.field(CONFIDENCE, pa.float32()),
+            pa.field(ENERGY, pa.float32()),
+            pa.field(ENTROPY, pa.float32()),
+            pa.field(NEIGHBOUR, pa.float32()),
             *thumbnail,
             pa.field(ERROR, pa.string()),
         ]
@@ -114,5 +120,5 @@ def mined() -> pa.Schema:
 
 
 def truth() -> pa.Schema:
-    """True class of lake images, for reference workloads only; never read before evaluation."""
+    """True class of lake images, for reference workloads only; read by the evaluation and by the rule `oracle`."""
     return pa.schema([pa.field(SAMPLE_ID, SAMPLE_ID_TYPE), pa.field(CLASS, pa.int32())])

@@ -30,27 +30,38 @@ from pu_ray.storage import Storage
 
 FOLDER = "scores"
 _SCORER_FILE = "scorer.onnx"
+_NEIGHBOURS_FILE = "neighbours.onnx"
 _HEAD_BATCH = 1024  # feature rows are small
 
 
-def answer(block: pa.Table, scores: Any, logits: Any, broken: Any, thumbnails: pa.Array | None = None) -> pa.Table:
+def answer(
+    block: pa.Table, scores: Any, logits: Any, cosines: Any, broken: Any, thumbnails: pa.Array | None = None
+) -> pa.Table:
     """Rows of `schema.scores` from a scorer's and the teacher's outputs.
 
     Args:
         block: Source of identity and error columns.
         scores: float [M], for the M rows that are not broken; minus infinity where the cascade's gate rejected.
         logits: float [M, K] of the teacher; arbitrary for rejected rows.
+        cosines: float [M], with the nearest labeled image; arbitrary for rejected rows.
         broken: bool [N]; broken rows get nulls.
         thumbnails: To keep, where no feature cache does.
     """
     usable = ~broken
     scores = np.asarray(scores, np.float32)
     spared = np.isneginf(scores)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    confidence = np.where(spared, 0.0, 1 / np.exp(shifted).sum(axis=1))
-    predicted = np.where(spared, schema.NO_CLASS, logits.argmax(axis=1))
+    largest = logits.max(axis=1, keepdims=True)
+    total = np.exp(logits - largest).sum(axis=1)
+    log_probabilities = logits - largest - np.log(total)[:, None]
+    entropy = -(np.exp(log_probabilities) * log_probabilities).sum(axis=1)
+    # Of a rejected image the teacher said nothing: nobody who ranks by these must find it near the top.
+    last = [schema.NO_CLASS, 0.0, -np.inf, 0.0, -1.0]
+    found = [logits.argmax(axis=1), 1 / total, largest[:, 0] + np.log(total), entropy, cosines]
+    kinds: list[Any] = [np.int32, *[np.float32] * 4]
     columns = [block[name].combine_chunks() for name in schema.IDENTITY_COLUMNS]
-    for values, kind in ((scores, np.float32), (predicted, np.int32), (confidence, np.float32)):
+    answers: list[tuple[Any, Any]] = [(scores, np.float32)]
+    answers += [(np.where(spared, none, value), kind) for none, value, kind in zip(last, found, kinds, strict=True)]
+    for values, kind in answers:
         full = np.zeros(len(broken), kind)
         full[usable] = values
         columns.append(pa.array(full, mask=broken))
@@ -66,7 +77,8 @@ class FeatureScorer:
     """Loads the head once, then scores feature rows."""
 
     def __init__(self, scorer: Storage, batch_size: int) -> None:
-        self._engine = engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE))
+        self._head = engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE))
+        self._neighbours = engine.OnnxEngine(scorer.read_bytes(_NEIGHBOURS_FILE))
         self._batch_size = batch_size
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -75,18 +87,19 @@ class FeatureScorer:
         spared = pc.fill_null(pc.less(block[schema.GATE], 0), False).to_numpy()[~broken]
         logits = lake.to_matrix(block[schema.LOGITS])[~broken]
         scores = np.full(len(logits), -np.inf, np.float32)
+        cosines = np.zeros(len(logits), np.float32)
         if not spared.all():
             features = lake.to_matrix(block[schema.FEATURES])[~broken][~spared].astype(np.float32)
-            (scores[~spared],) = engine.in_batches(self._engine, features, self._batch_size)
-        return answer(block, scores, logits, broken)
+            (scores[~spared],) = engine.in_batches(self._head, features, self._batch_size)
+            (cosines[~spared],) = engine.in_batches(self._neighbours, features, self._batch_size)
+        return answer(block, scores, logits, cosines, broken)
 
 
 class ImageScorer:
     """Loads scorer and teacher once, then scores encoded or decoded rows.
 
     Args:
-        open_engine: Opens the network that maps uint8 [N, H, W, C] to scores [N], logits [N, K], and after a cascade
-            margins [N].
+        open_engine: Opens the network that maps uint8 [N, H, W, C] to scores [N], logits [N, K] and cosines [N].
         preprocessing: Shape of the pixels.
         batch_size: Images of one forward pass.
         classes: K.
@@ -115,26 +128,32 @@ class ImageScorer:
         if self._decode is not None:
             block = self._decode(block)
         broken = broken_rows(block)
-        scores, logits = np.zeros(0, np.float32), np.zeros((0, self._classes), np.float32)
+        scores, logits, cosines = (np.zeros(shape, np.float32) for shape in (0, (0, self._classes), 0))
         miniatures = np.zeros((len(broken), schema.THUMBNAIL_PX), np.uint8)
         if not broken.all():
             pixels = embedding.usable_pixels(block, broken, self._shape)
-            scores, logits = engine.in_batches(self._engine, pixels, self._batch_size)[:2]
+            scores, logits, cosines = engine.in_batches(self._engine, pixels, self._batch_size)
             if self._thumbnails:
                 miniatures[~broken] = images.thumbnails(pixels)
         kept = lake.fixed_list(miniatures, broken) if self._thumbnails else None
-        return answer(block, scores, logits, broken, kept)
+        return answer(block, scores, logits, cosines, broken, kept)
 
 
 # -- opening the networks on a worker ----------------------------------------------------------------------
 
 
+def _open_neighbours(scorer: Storage) -> Engine:
+    return engine.OnnxEngine(scorer.read_bytes(_NEIGHBOURS_FILE))
+
+
 def _open_head(open_teacher: Callable[[], Engine], scorer: Storage) -> Engine:
-    return engine.Scorer(open_teacher(), engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE)))
+    head = engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE))
+    return engine.Scorer(open_teacher(), head, _open_neighbours(scorer))
 
 
 def _open_finetuned_onnx(scorer: Storage, threads: int) -> Engine:
-    return engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE), threads)
+    network = engine.OnnxEngine(scorer.read_bytes(_SCORER_FILE), threads)
+    return engine.FinetunedScorer(network, _open_neighbours(scorer))
 
 
 def _open_finetuned_torch(config: JobConfig, scorer: Storage) -> Engine:
@@ -143,7 +162,8 @@ def _open_finetuned_torch(config: JobConfig, scorer: Storage) -> Engine:
 
     finetuned = scorers.new_finetuned(config)
     models.load_weights(finetuned, f"{scorer.uri}/scorer.safetensors")
-    return engine.TorchEngine(scorers.with_teacher(finetuned, config), "cuda", config.features.compile)
+    network = engine.TorchEngine(scorers.with_teacher(finetuned, config), "cuda", config.features.compile)
+    return engine.FinetunedScorer(network, _open_neighbours(scorer))
 
 
 def _image_engine(config: JobConfig, storage: Storage, teacher_content: str) -> Callable[[], Engine]:

@@ -1,8 +1,9 @@
 """Stage `select`: choose the lake images that teach the student, without touching the lake again.
 
 A cheap second pass over `scores/`: a threshold with its promise, then one image per content, none that the customer
-labeled, none that the student will be judged on (exact copies by content hash, near copies by thumbnail), then
-balance between the classes. Writes `selection/`: selection.parquet, left_out.parquet.
+labeled, none that the student will be judged on (exact copies by content hash, near copies by thumbnail), no near
+copies of each other, then balance between the classes. The controls of a benchmark are rules like any other: what they
+rank by is in `scores/` too. Writes `selection/`: selection.parquet, left_out.parquet.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pu_ray import balance, images, lake, ledger, manifest, schema
-from pu_ray.config import JobConfig, SelectionConfig
+from pu_ray import balance, duplicates, images, lake, ledger, manifest, schema
+from pu_ray.config import THRESHOLD_RULES, JobConfig, SelectionConfig
 from pu_ray.errors import DataError
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.progress import Progress
@@ -26,9 +27,12 @@ from pu_ray.pu import threshold
 from pu_ray.storage import Storage
 
 FOLDER = "selection"
-_COLUMNS = [*schema.IDENTITY_COLUMNS, schema.SCORE, schema.PREDICTED, schema.CONFIDENCE, schema.ERROR]
-_KEY = "key"  # what is maximised: the score, or a random number for the control
+_COLUMNS = schema.scores().names
+_KEY = "key"  # what is maximised when the budget binds
 _PRUNE_AT = 4
+_IMAGES_PER_CELL = 10
+_MOST_CELLS = 512
+_LEAST_STD = 1e-4
 
 
 # -- pure functions ----------------------------------------------------------------------------------------
@@ -61,21 +65,69 @@ def stratified_order(classes_N: Any, tie_break_N: Any) -> Any:
     return order
 
 
+# -- what is maximised -------------------------------------------------------------------------------------
+
+_RANKED_BY = {
+    "recall": schema.SCORE,
+    "fdr_discard": schema.SCORE,
+    "zero": schema.SCORE,
+    "budget": schema.SCORE,
+    "confidence": schema.CONFIDENCE,  # lowest cross-entropy to the teacher's own answer (DFND, Chen et al. 2021)
+    "energy": schema.ENERGY,
+    "neighbours": schema.NEIGHBOUR,
+}
+_PREFERRED_BY = {"purest": schema.SCORE, "uncertain": schema.ENTROPY}
+
+
+def _keys(table: pa.Table, settings: SelectionConfig, seed: int) -> pa.Array:
+    """What is maximised when the budget binds, float64 [N]; a number drawn at random where nothing is."""
+    column = _RANKED_BY.get(settings.rule)
+    if settings.rule in THRESHOLD_RULES:
+        column = _PREFERRED_BY.get(settings.prefer)
+    if column is None:
+        return pa.array([random_key(sample, seed) for sample in table[schema.SAMPLE_ID].to_pylist()], pa.float64())
+    return table[column].cast(pa.float64())
+
+
+def _spread_keys(candidates: pa.Table, features: Storage, budget: int, seed: int) -> pa.Array:
+    """Keys by which every region of feature space gives its share: the n-th of each region ranks with all n-ths.
+
+    Regions are the cells of a k-means on standardised features (Sculley 2010), as many as the budget can fill well.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    found: dict[bytes, Any] = {}
+    for table in _rows_of(candidates, features, schema.FEATURES):
+        rows = lake.to_matrix(table[schema.FEATURES]).astype(np.float32)
+        found.update(zip(table[schema.SAMPLE_ID].to_pylist(), rows, strict=True))
+    samples = candidates[schema.SAMPLE_ID].to_pylist()
+    matrix = np.stack([found[sample] for sample in samples])
+    matrix = (matrix - matrix.mean(axis=0)) / np.maximum(matrix.std(axis=0), _LEAST_STD)
+    cells = max(1, min(_MOST_CELLS, budget // _IMAGES_PER_CELL, len(matrix)))
+    cell = MiniBatchKMeans(cells, batch_size=4096, n_init=3, random_state=seed).fit_predict(matrix)
+    keys = np.array([random_key(sample, seed) for sample in samples])
+    place = np.empty(len(keys))
+    for value in np.unique(cell):
+        members = np.flatnonzero(cell == value)
+        place[members[np.argsort(keys[members])]] = np.arange(len(members))
+    return pa.array(keys - place, pa.float64())
+
+
 # -- the passes over scores and features -------------------------------------------------------------------
 
 
 def _candidates(
-    scores: Storage, settings: SelectionConfig, cut: float, seed: int, known: Mapping[bytes, str], progress: Progress
+    scores: Storage, settings: SelectionConfig, cut_K: Any, seed: int, known: Mapping[bytes, str], progress: Progress
 ) -> tuple[pa.Table, dict[bytes, str]]:
-    """Usable rows at or above the cut, one per content, with what is maximised in column `key`.
+    """Usable rows that pass, one per content, with what is maximised in column `key`.
 
     With a budget, memory holds a few times the budget, whatever the size of the lake.
 
     Args:
         scores: The artifact.
         settings: Rule and budget.
-        cut: Least score.
-        seed: Of the random rule.
+        cut_K: Least score of each predicted class, float [K].
+        seed: Of what is random.
         known: Contents that must not be mined, with the reason.
         progress: Advanced by rows.
 
@@ -86,34 +138,38 @@ def _candidates(
     parts: list[pa.Table] = [empty]
     met: dict[bytes, str] = {}
     held = 0
-    # What the cascade's gate rejected is no candidate, except for a control that looks at nothing.
-    least = cut if settings.rule == "random" else max(cut, float(np.finfo(np.float32).min))
-    for table in _usable(scores, least, progress):
+    for table in _usable(scores, settings, cut_K, progress):
         samples = table[schema.SAMPLE_ID].to_pylist()
         met.update((sample, known[sample]) for sample in samples if sample in known)
         table = table.filter(pa.array([sample not in known for sample in samples], pa.bool_()))
-        if settings.rule == "random":
-            keys = [random_key(sample, seed) for sample in table[schema.SAMPLE_ID].to_pylist()]
-            column = pa.array(keys, pa.float64())
-        else:
-            column = table[schema.SCORE].cast(pa.float64())
-        parts.append(table.append_column(_KEY, column))
+        parts.append(table.append_column(_KEY, _keys(table, settings, seed)))
         held += table.num_rows
-        if settings.budget is not None and held > _PRUNE_AT * max(settings.budget, 65_536):
-            # Twice the budget: some of these will turn out to be near copies of test images.
-            parts = [_best(_distinct(pa.concat_tables(parts)), settings, 2 * settings.budget)]
+        prunes = settings.budget is not None and settings.prefer != "spread"
+        if prunes and held > _PRUNE_AT * max(settings.budget or 0, 65_536):
+            # Twice the budget: some of these will turn out to be near copies.
+            parts = [_best(_distinct(pa.concat_tables(parts)), settings, 2 * (settings.budget or 0))]
             held = parts[0].num_rows
     return _distinct(pa.concat_tables(parts)), met
 
 
-def _usable(scores: Storage, cut: float, progress: Progress) -> Iterator[pa.Table]:
+def _usable(scores: Storage, settings: SelectionConfig, cut_K: Any, progress: Progress) -> Iterator[pa.Table]:
+    # What the cascade's gate rejected is no candidate, except for controls that look at nothing.
+    blind = settings.rule in ("random", "everything", "oracle")
+    for table in _scored(scores, progress):
+        predicted, score = table[schema.PREDICTED].to_numpy(), table[schema.SCORE].to_numpy()
+        passes = (predicted != schema.NO_CLASS) & (score >= cut_K[predicted])
+        yield table if blind else table.filter(pa.array(passes, pa.bool_()))
+
+
+def _scored(scores: Storage, progress: Progress) -> Iterator[pa.Table]:
+    """The rows of all usable images."""
     index = ledger.read_index(scores)
     progress.start(pc.sum(index["rows"]).as_py() or 0, "scores")
     for entry in index.to_pylist():
         table = scores.read_table(entry["file"], _COLUMNS)
-        keep = pc.and_(pc.is_null(table[schema.ERROR]), pc.greater_equal(table[schema.SCORE], cut))
         progress.advance(table.num_rows)
-        yield table.filter(pc.fill_null(keep, False))
+        scored = pc.and_(pc.is_valid(table[schema.SCORE]), pc.invert(pc.is_nan(table[schema.SCORE])))
+        yield table.filter(pc.fill_null(pc.and_(pc.is_null(table[schema.ERROR]), scored), False))
 
 
 def _distinct(table: pa.Table) -> pa.Table:
@@ -127,7 +183,7 @@ def _distinct(table: pa.Table) -> pa.Table:
 def _best(table: pa.Table, settings: SelectionConfig, budget: int) -> pa.Table:
     """At most `budget` rows, the best by key, with or without class quotas; ties fall by content."""
     ranked = table.sort_by([(_KEY, "descending"), (schema.SAMPLE_ID, "ascending")])
-    if settings.balance == "none" or settings.rule == "random":
+    if settings.balance == "none" or settings.rule in ("random", "everything"):
         return ranked.slice(0, budget)
     predicted = ranked[schema.PREDICTED].to_numpy()
     quota = balance.quotas(np.bincount(predicted), budget)
@@ -136,6 +192,18 @@ def _best(table: pa.Table, settings: SelectionConfig, budget: int) -> pa.Table:
         members = predicted == value
         rank_in_class[members] = np.arange(members.sum())
     return ranked.filter(pa.array(rank_in_class < quota[predicted]))
+
+
+def _rows_of(wanted: pa.Table, storage: Storage, column: str) -> Iterator[pa.Table]:
+    """Sample id and another column of the wanted contents, file by file; only files that may hold one are read."""
+    contents = set(wanted[schema.SAMPLE_ID].to_pylist())
+    shards = set(wanted[schema.SHARD].to_pylist())
+    for entry in ledger.read_index(storage).to_pylist():
+        if entry["shard"] in shards:
+            table = storage.read_table(entry["file"], [schema.SAMPLE_ID, column])
+            members = np.array([sample in contents for sample in table[schema.SAMPLE_ID].to_pylist()], bool)
+            usable = pc.is_valid(table[column])
+            yield table.filter(pc.and_(pa.array(members), usable))
 
 
 def _near_leaks(thumbnails: Storage, rows: pa.Table, evaluation: images.Pixels, correlation: float) -> set[bytes]:
@@ -147,19 +215,26 @@ def _near_leaks(thumbnails: Storage, rows: pa.Table, evaluation: images.Pixels, 
         evaluation: Thumbnails of the evaluation images.
         correlation: From which on two are copies.
     """
-    wanted = set(rows[schema.SAMPLE_ID].to_pylist())
-    shards = set(rows[schema.SHARD].to_pylist())
     leaks: set[bytes] = set()
-    for entry in ledger.read_index(thumbnails).to_pylist():
-        if entry["shard"] not in shards:
-            continue
-        table = thumbnails.read_table(entry["file"], [schema.SAMPLE_ID, schema.THUMBNAIL])
-        members = np.array([sample in wanted for sample in table[schema.SAMPLE_ID].to_pylist()], bool)
-        if members.any():
-            chosen = table.filter(pa.array(members))
-            near = images.near_copies(lake.to_matrix(chosen[schema.THUMBNAIL]), evaluation, correlation)
-            leaks.update(np.array(chosen[schema.SAMPLE_ID].to_pylist(), object)[near])
+    for table in _rows_of(rows, thumbnails, schema.THUMBNAIL):
+        if table.num_rows:
+            near = images.near_copies(lake.to_matrix(table[schema.THUMBNAIL]), evaluation, correlation)
+            leaks.update(np.array(table[schema.SAMPLE_ID].to_pylist(), object)[near])
     return leaks
+
+
+def _near_duplicates(thumbnails: Storage, rows: pa.Table, correlation: float) -> set[bytes]:
+    """Contents among the rows that are near copies of a better one."""
+    found: dict[bytes, Any] = {}
+    for table in _rows_of(rows, thumbnails, schema.THUMBNAIL):
+        found.update(zip(table[schema.SAMPLE_ID].to_pylist(), lake.to_matrix(table[schema.THUMBNAIL]), strict=True))
+    ranked = rows.sort_by([(_KEY, "descending"), (schema.SAMPLE_ID, "ascending")])[schema.SAMPLE_ID].to_pylist()
+    ranked = [sample for sample in ranked if sample in found]
+    if not ranked:
+        return set()
+    best_first = np.arange(len(ranked))
+    dropped = duplicates.near_duplicates(np.stack([found[sample] for sample in ranked]), best_first, correlation)
+    return {sample for sample, drop in zip(ranked, dropped.tolist(), strict=True) if drop}
 
 
 # -- the stage ---------------------------------------------------------------------------------------------
@@ -177,18 +252,25 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     fitted = manifest.require(scorer, "fit")
     classes: list[str] = fitted.facts["classes"]
 
-    cut, promise = _cut(settings, scorer)
+    cut_K, promise = _cut(settings, scorer, scores, len(classes), progress)
     labeled = scorer.read_table("labeled.parquet", [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_pylist()
     evaluation = lake.read_labeled(config.test.uri, classes)
-    candidates, why_not = _candidates(scores, settings, cut, config.seed, _known(labeled, evaluation), progress)
+    candidates, why_not = _candidates(scores, settings, cut_K, config.seed, _known(labeled, evaluation), progress)
+    if settings.rule == "oracle":
+        candidates = _true_positives(candidates, config)
+    passed = candidates.num_rows + len(why_not)
     miniatures = images.thumbnails(evaluation.pixels(config.teacher.preprocessing, config.test.uri))
     thumbnails = storage.child("features") if config.features.cache else scores
     near = _near_leaks(thumbnails, candidates, miniatures, settings.near_copy_correlation)
-    passed = candidates.num_rows + len(why_not)
     why_not |= dict.fromkeys(sorted(near), "near_leak")
-    kept = candidates.filter(
-        pa.array([sample not in near for sample in candidates[schema.SAMPLE_ID].to_pylist()], pa.bool_())
-    )
+    kept = _without(candidates, near)
+    if settings.prefer == "spread" and settings.budget is not None and kept.num_rows:
+        keys = _spread_keys(kept, storage.child("features"), settings.budget, config.seed)
+        kept = kept.set_column(kept.schema.get_field_index(_KEY), _KEY, keys)
+    if settings.duplicates == "near":
+        copies = _near_duplicates(thumbnails, kept, settings.near_copy_correlation)
+        why_not |= dict.fromkeys(sorted(copies), "near_duplicate")
+        kept = _without(kept, copies)
     before = _class_counts(kept, len(classes))
     chosen = _best(kept, settings, settings.budget) if settings.budget is not None else kept
     if chosen.num_rows == 0:
@@ -196,7 +278,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             "no image was selected",
             where=str(scores),
             allowed="at least one image at or above the threshold",
-            got=f"{passed} above {cut:g}, {len(why_not)} of them excluded",
+            got=f"{passed} above {float(np.min(cut_K)):g}, {len(why_not)} of them excluded",
             hint="look at the score histogram in the report; lower selection.recall, or check lake and teacher",
         )
     after = _class_counts(chosen, len(classes))
@@ -204,7 +286,8 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     target.delete()
     target.write_table("selection.parquet", _ordered(chosen, settings.rule, config.seed))
     reasons = {
-        reason: sum(value == reason for value in why_not.values()) for reason in ("labeled", "leak", "near_leak")
+        reason: sum(value == reason for value in why_not.values())
+        for reason in ("labeled", "leak", "near_leak", "near_duplicate")
     }
     left_out = pa.table(
         {
@@ -218,7 +301,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         counts={"selected": chosen.num_rows, "candidates": passed, **reasons},
         facts={
             "rule": settings.rule,
-            "threshold": None if math.isinf(cut) else cut,
+            "threshold": float(cut_K.min()) if np.isfinite(cut_K.min()) else None,
             "promise": promise,
             "class_counts_before_balance": before.tolist(),
             "class_counts": after.tolist(),
@@ -231,14 +314,75 @@ def _class_counts(rows: pa.Table, classes: int) -> Any:
     return np.bincount(predicted[predicted != schema.NO_CLASS], minlength=classes)
 
 
-def _cut(settings: SelectionConfig, scorer: Storage) -> tuple[float, dict[str, Any] | None]:
+def _without(table: pa.Table, contents: set[bytes]) -> pa.Table:
+    return table.filter(
+        pa.array([sample not in contents for sample in table[schema.SAMPLE_ID].to_pylist()], pa.bool_())
+    )
+
+
+def _true_positives(candidates: pa.Table, config: JobConfig) -> pa.Table:
+    """What nobody but a benchmark can choose."""
+    assert config.lake.truth is not None
+    folder, name = Storage(config.lake.truth).split()
+    table = folder.read_table(name)
+    positive = set(table.filter(pc.greater_equal(table[schema.CLASS], 0))[schema.SAMPLE_ID].to_pylist())
+    members = [sample in positive for sample in candidates[schema.SAMPLE_ID].to_pylist()]
+    return candidates.filter(pa.array(members, pa.bool_()))
+
+
+def _cut(
+    settings: SelectionConfig, scorer: Storage, scores: Storage, classes: int, progress: Progress
+) -> tuple[Any, dict[str, Any] | None]:
+    """The least score of each predicted class, float64 [K], and what it promises."""
     if settings.rule == "zero":
         # The paper mines x iff g(x) > 0, strictly.
-        return math.nextafter(0.0, 1.0), None
-    if settings.rule != "recall":
-        return -math.inf, None
-    calibration = scorer.read_table("calibration.parquet")[schema.SCORE].to_numpy()
-    found = threshold.recall_threshold(calibration, settings.recall, settings.confidence)
+        return np.full(classes, math.nextafter(0.0, 1.0)), None
+    if settings.rule not in ("recall", "fdr_discard"):
+        return np.full(classes, -np.inf), None
+    table = scorer.read_table("calibration.parquet")
+    calibration, predicted = table[schema.SCORE].to_numpy(), table[schema.PREDICTED].to_numpy()
+    try:
+        if settings.rule == "fdr_discard":
+            return _discard_cut(settings, calibration, scores, classes, progress)
+        return _recall_cut(settings, calibration, predicted, classes)
+    except ValueError as error:
+        raise DataError(
+            "too few calibration images for this promise",
+            where=f"selection.{'fdr' if settings.rule == 'fdr_discard' else 'per'}",
+            got=str(error),
+            hint="label more images, or promise less: a lower selection.recall or selection.confidence, "
+            "selection.per lake, a higher selection.fdr",
+        ) from error
+
+
+def _discard_cut(
+    settings: SelectionConfig, calibration: Any, scores: Storage, classes: int, progress: Progress
+) -> tuple[Any, dict[str, Any]]:
+    counts = np.zeros(len(calibration) + 1, np.int64)
+    for part in _scored(scores, progress):
+        counts += threshold.count_between(calibration, part[schema.SCORE].to_numpy())
+    found = threshold.discard_threshold(calibration, counts, settings.fdr)
+    return np.full(classes, found.value), asdict(found)
+
+
+def _recall_cut(
+    settings: SelectionConfig, calibration: Any, predicted: Any, classes: int
+) -> tuple[Any, dict[str, Any]]:
+    if settings.per == "lake":
+        found = threshold.recall_threshold(calibration, settings.recall, settings.confidence)
+        _require_finite(found, calibration)
+        return np.full(classes, found.value), asdict(found)
+    each = threshold.recall_thresholds_per_class(calibration, predicted, classes, settings.recall, settings.confidence)
+    for found in each:
+        _require_finite(found, calibration)
+    return np.array([found.value for found in each]), {
+        "recall": settings.recall,
+        "confidence": settings.confidence,
+        "per_class": [asdict(found) for found in each],
+    }
+
+
+def _require_finite(found: threshold.RecallThreshold, calibration: Any) -> None:
     if math.isinf(found.value):
         raise DataError(
             "the cascade's gate rejects too many labeled images for this promise",
@@ -247,7 +391,6 @@ def _cut(settings: SelectionConfig, scorer: Storage) -> tuple[float, dict[str, A
             got=f"{int(np.isneginf(calibration).sum())} rejected",
             hint="raise features.cascade_recall or features.cascade_stages, or lower selection.recall",
         )
-    return found.value, asdict(found)
 
 
 def _known(labeled: Sequence[bytes], evaluation: lake.LabeledImages) -> dict[bytes, str]:

@@ -1,17 +1,20 @@
 """Stage `fit`: learn the PU scorer from labeled positives and a sample of the lake (paper, section 3.1).
 
 The labeled images are shared out once: for training, for choosing the epoch, and for the promises; a calibration image
-does nothing else. How the scorer learns is in training.py. Behind a cascade it learns on the same random sample as
-without (embedding.spied), and a calibration positive that the gate rejects counts as lost.
+does nothing else. How a scorer learns is in training.py, and in finetune.py where its whole network does. Behind a
+cascade it learns on the same random sample as without (embedding.spied), and a calibration positive that the gate
+rejects counts as lost.
 
-Writes `scorer/`: scorer.safetensors, scorer.onnx, labeled.parquet (who plays which role), calibration.parquet
-(scores of calibration positives) and unlabeled.parquet (scores of held-out lake images).
+Writes `scorer/`: scorer.safetensors, scorer.onnx, neighbours.onnx, labeled.parquet (who plays which role),
+calibration.parquet (scores and classes of calibration positives), unlabeled.parquet (scores of held-out lake images).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,19 +23,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pu_ray import embedding, engine, lake, ledger, manifest, models, schema
+from pu_ray import embedding, engine, lake, manifest, models, ray_train, schema
 from pu_ray.config import JobConfig, ScorerConfig
 from pu_ray.errors import DataError
 from pu_ray.lake import LabeledImages
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.progress import Progress
-from pu_ray.pu import risk, scorers, threshold
-from pu_ray.pu.prior import Prior, estimate_prior
-from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, fit_scorer, rank, scores_of, streams_of
+from pu_ray.pu import finetune, risk, sample, scorers, threshold, training
+from pu_ray.pu.prior import Prior, pooled_prior
+from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, fit_scorer, scores_of, streams_of
 from pu_ray.storage import Storage
 
-# Files are drawn at random until they hold this many times the sample, so that a large lake is not read whole.
-_OVERSAMPLING = 4
+# The order of preference among equals: the simplest first.
+_CANDIDATES = ("pvu", "ted", "nnpu")
+_BOOTSTRAP_RESAMPLES = 200
 
 
 # -- the stage ---------------------------------------------------------------------------------------------
@@ -43,6 +47,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
 
     Raises:
         DataError: Too few labeled images for the split or for the recall promise.
+        ClusterError: Fine-tuning failed.
     """
     publication = Publication("fit", identity, inputs, config.seed)
     settings = config.scorer
@@ -51,57 +56,51 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     roles = assign_roles(labeled.ids, labeled.labels, settings.split, config.seed)
     _require_enough(roles, config)
 
-    pixels = torch.from_numpy(labeled.pixels(config.teacher.preprocessing, config.labeled.uri))
-    normalised = models.Normalised(teacher, config.teacher.preprocessing).eval()
+    positive = _seen_by(teacher, torch.from_numpy(_pixels(config, labeled)), config)
     features_storage = storage.child("features")
-    sample = draw_unlabeled(
+    drawn = sample.draw_unlabeled(
         features_storage,
         settings.unlabeled_sample,
         config.seed,
         exclude=set(labeled.ids),
         spied_share=_spied_share(config, storage),
     )
-    if sample.num_rows < 20:
+    if drawn.num_rows < 20:
         raise DataError(
             "the lake is too small to learn from",
             where=config.lake.uri,
             allowed="20 usable images or more",
-            got=str(sample.num_rows),
+            got=str(drawn.num_rows),
         )
-    frozen = streams_of(
-        _features_of(normalised, pixels),
-        torch.from_numpy(lake.to_matrix(sample[schema.FEATURES]).astype(np.float32)),
-        roles,
-    )
-
-    torch.manual_seed(config.seed)
-    ranking = _ranking_head(config, frozen, progress)
-    prior, prior_source = _prior(config, ranking.module, frozen)
-    if settings.features == "finetuned":
-        streams = streams_of(pixels, _lake_pixels(config, sample), roles)
-        module: nn.Module = scorers.new_finetuned(config).to("cuda" if torch.cuda.is_available() else "cpu")
-        fitted = _fit(module, streams, config, prior, progress)
-    elif settings.kind == "nnpu":
-        # Started from random weights, non-negative PU stops at whichever optimum is near; from a good ranking it
-        # mends that ranking (docs/LOG.md).
-        streams = frozen
-        fitted = _fit(ranking.module, streams, config, prior, progress)
-    else:
-        streams, fitted = frozen, ranking
+    unlabeled = torch.from_numpy(lake.to_matrix(drawn[schema.FEATURES]).astype(np.float32))
+    frozen = streams_of(positive.features, unlabeled, roles)
+    prior, prior_source = _prior(config, positive.features, unlabeled, progress)
 
     target = storage.child("scorer")
-    target.delete()
-    calibration = scores_of(fitted.module, streams.positive_calibrate)
-    calibration[~_passed_gate(config, storage, labeled)[[role == "calibrate" for role in roles]]] = -np.inf
-    held_out = scores_of(fitted.module, streams.unlabeled_validate)
-    _write(target, config, fitted.module, frozen.positive_train.shape[1])
-    _write_tables(target, labeled, roles, calibration, held_out)
+    calibrate = torch.tensor([role == "calibrate" for role in roles])
+    candidates: dict[str, float] = {}
+    kind: str
+    if settings.features == "finetuned":
+        kind = "nnpu" if settings.kind == "auto" else settings.kind
+        fitted = _finetune(config, storage, kind, prior, identity, progress)
+        held_out_pixels = torch.from_numpy(sample.lake_pixels(config, drawn.slice(drawn.num_rows // 2)))
+        calibration = scores_of(fitted.module, torch.from_numpy(_pixels(config, labeled))[calibrate])
+        held_out = scores_of(fitted.module, held_out_pixels)
+    else:
+        target.delete()
+        kind, fitted, candidates = _best_head(config, frozen, prior, progress)
+        calibration = scores_of(fitted.module, frozen.positive_calibrate)
+        held_out = scores_of(fitted.module, frozen.unlabeled_validate)
+    calibration[~_passed_gate(config, storage, labeled)[calibrate.numpy()]] = -np.inf
+    _write_networks(target, config, fitted.module, scorers.Neighbours(frozen.positive_train, frozen.unlabeled_train))
+    _write_tables(target, labeled, roles, calibration, positive.predicted[calibrate].numpy(), held_out)
     return publication.publish(
         target,
         counts={f"labeled_{role}": roles.count(role) for role in ROLES}
-        | {"unlabeled": sample.num_rows, "labeled": len(labeled)},
+        | {"unlabeled": drawn.num_rows, "labeled": len(labeled)},
         facts={
-            "kind": settings.kind,
+            "kind": kind,
+            "candidates": candidates,
             "features": settings.features,
             "prior": asdict(prior) | {"source": prior_source},
             "lake_rows": manifest.require(features_storage, "features").counts["rows"],
@@ -130,48 +129,27 @@ def _require_enough(roles: list[str], config: JobConfig) -> None:
         )
 
 
-def draw_unlabeled(features: Storage, count: int, seed: int, exclude: set[bytes], spied_share: float = 1.0) -> pa.Table:
-    """A random sample of the lake's usable, distinct images, the same whatever order the lake was read in.
+# -- what the teacher sees ---------------------------------------------------------------------------------
 
-    Args:
-        features: The artifact.
-        count: Most rows.
-        seed: Of the choice.
-        exclude: Contents that are never drawn.
-        spied_share: Behind a gate, only this share of the images has features whatever the gate says.
 
-    Returns:
-        Rows of `schema.features`, at most `count`, in random order.
+@dataclass(frozen=True)
+class _Seen:
+    """Features float32 [N, D] and predicted classes int64 [N]."""
 
-    Raises:
-        DataError: There is none.
-    """
-    index = ledger.read_index(features).to_pylist()
-    index.sort(key=lambda entry: rank(entry["file"].encode(), seed))
-    candidates: dict[bytes, tuple[bytes, str, int]] = {}
-    rows = 0.0
-    for entry in index:
-        if rows >= _OVERSAMPLING * count:
-            break
-        table = features.read_table(entry["file"], [schema.SAMPLE_ID, schema.ERROR])
-        rows += table.num_rows * spied_share
-        samples = table[schema.SAMPLE_ID].to_pylist()
-        usable = embedding.spied(samples, spied_share) & table[schema.ERROR].is_null().to_numpy()
-        for position in np.flatnonzero(usable).tolist():
-            sample = samples[position]
-            if sample not in exclude and sample not in candidates:
-                candidates[sample] = (rank(sample, seed), entry["file"], position)
-    chosen = sorted(candidates.values())[:count]
-    by_file: dict[str, list[tuple[bytes, int]]] = {}
-    for place, file, position in chosen:
-        by_file.setdefault(file, []).append((place, position))
-    parts, ranks = [], []
-    for file, places in by_file.items():
-        parts.append(features.read_table(file).take(pa.array([position for _, position in places])))
-        ranks += [place for place, _ in places]
-    if not parts:
-        raise DataError("the lake holds no usable image", where=str(features))
-    return pa.concat_tables(parts).take(pa.array(sorted(range(len(ranks)), key=ranks.__getitem__)))
+    features: Tensor
+    predicted: Tensor
+
+
+def _pixels(config: JobConfig, labeled: LabeledImages) -> Any:
+    return labeled.pixels(config.teacher.preprocessing, config.labeled.uri)
+
+
+def _seen_by(teacher: models.Teacher, pixels: Tensor, config: JobConfig) -> _Seen:
+    normalised = models.Normalised(teacher, config.teacher.preprocessing).eval()
+    with torch.inference_mode():
+        parts = [normalised(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
+    features = torch.cat([part[0] for part in parts])
+    return _Seen(features.clone(), torch.cat([part[1] for part in parts]).argmax(dim=1).clone())
 
 
 def _spied_share(config: JobConfig, storage: Storage) -> float:
@@ -188,70 +166,117 @@ def _passed_gate(config: JobConfig, storage: Storage, labeled: LabeledImages) ->
         return np.ones(len(labeled), bool)
     table = storage.child("cascade").read_table("labeled.parquet")
     margins = dict(zip(table[schema.SAMPLE_ID].to_pylist(), table["margin"].to_pylist(), strict=True))
-    return np.array([margins[sample] >= 0 for sample in labeled.ids])
+    return np.array([margins[sample_id] >= 0 for sample_id in labeled.ids])
 
 
-def _features_of(normalised: nn.Module, pixels: Tensor) -> Tensor:
-    with torch.inference_mode():
-        parts = [normalised(pixels[start : start + 256])[0] for start in range(0, len(pixels), 256)]
-    return torch.cat(parts).clone()
+# -- learning ----------------------------------------------------------------------------------------------
 
 
-def _fit(module: nn.Module, streams: Streams, config: JobConfig, prior: Prior, progress: Progress) -> Fitted:
-    objective = scorers.objective(config.scorer, prior.estimate)
-    return fit_scorer(module, streams, objective, config.scorer, config.seed, progress)
-
-
-def _ranking_head(config: JobConfig, streams: Streams, progress: Progress) -> Fitted:
+def _ranking_head(settings: ScorerConfig, streams: Streams, seed: int, progress: Progress) -> Fitted:
     """A positive-versus-unlabeled head on frozen features: it needs no prior, and ranks well."""
-    settings = config.scorer if config.scorer.features == "frozen" else ScorerConfig(attention=config.scorer.attention)
+    torch.manual_seed(seed)
     head = scorers.Head(streams.unlabeled_train.shape[1], settings.attention, settings.hidden)
     head.standardise_like(streams.unlabeled_train)
-    return fit_scorer(head, streams, risk.positive_versus_unlabeled, settings, config.seed, progress)
+    return fit_scorer(head, streams, risk.positive_versus_unlabeled, settings, seed, progress)
 
 
-def _prior(config: JobConfig, ranking: nn.Module, streams: Streams) -> tuple[Prior, str]:
-    if config.scorer.prior != "auto":
-        value = float(config.scorer.prior)
+def _best_head(
+    config: JobConfig, streams: Streams, prior: Prior, progress: Progress
+) -> tuple[str, Fitted, dict[str, float]]:
+    """The head of the configured kind, or of `auto` the kind that ranks held-out positives highest.
+
+    Returns:
+        Its kind, the head, and the proxy AUC of every kind that was tried.
+    """
+    settings = config.scorer
+    ranking = _ranking_head(settings, streams, config.seed, progress)
+    fitted: dict[str, Fitted] = {}
+    for kind in _CANDIDATES if settings.kind == "auto" else (settings.kind,):
+        if kind == "pvu":
+            fitted[kind] = ranking
+            continue
+        # Started from random weights, non-negative PU stops at whichever optimum is near; from a good ranking it
+        # mends that ranking (docs/LOG.md). (TED)^n needs one to know whom to leave out.
+        fitted[kind] = fit_scorer(
+            copy.deepcopy(ranking.module),
+            streams,
+            scorers.objective(settings.model_copy(update={"kind": kind}), prior.estimate),
+            settings,
+            config.seed,
+            progress,
+            leave_out=(lambda head: training.most_positive(head, streams)) if kind == "ted" else None,
+        )
+    best = max(fitted, key=lambda kind: fitted[kind].proxy_auc)
+    return best, fitted[best], {kind: each.proxy_auc for kind, each in fitted.items()}
+
+
+def _finetune(
+    config: JobConfig, storage: Storage, kind: str, prior: Prior, identity: str, progress: Progress
+) -> Fitted:
+    settings = config.scorer.model_copy(update={"kind": kind})
+    job = config.model_copy(update={"scorer": settings})
+    target = storage.child("scorer")
+    progress.start(settings.epochs * settings.unlabeled_sample // 2, "unlabeled images")
+    ray_train.run(
+        partial(finetune.train, job, storage, prior.estimate),
+        identity=identity,
+        target=target,
+        workers=settings.workers,
+        resources=config.resources.train,
+        max_failures=config.distill.max_failures,
+        progress=progress,
+    )
+    target.delete(ray_train.FOLDER)
+    return finetune.result(job, storage)
+
+
+def _prior(config: JobConfig, positive: Tensor, unlabeled: Tensor, progress: Progress) -> tuple[Prior, str]:
+    """Given, or estimated by cross-fitting: every labeled image is held out once."""
+    settings = config.scorer
+    if settings.prior != "auto":
+        value = float(settings.prior)
         return Prior(value, value, value, 1.0, is_upper_bound=False), "given"
-    positive = np.r_[scores_of(ranking, streams.positive_validate), scores_of(ranking, streams.positive_calibrate)]
-    return estimate_prior(positive, scores_of(ranking, streams.unlabeled_validate)), "estimated"
+    head = settings if settings.features == "frozen" else ScorerConfig(attention=settings.attention)
+    generator = torch.Generator().manual_seed(config.seed)
+    fold = torch.randperm(len(positive), generator=generator) % settings.prior_folds
+    half = len(unlabeled) // 2
+    scores = []
+    for number in range(settings.prior_folds):
+        # Each half of the sample is held out in turn, so that the folds do not share one half's luck.
+        learn, hold = (unlabeled[:half], unlabeled[half:])[:: 1 if number % 2 == 0 else -1]
+        held, chooses_epoch = positive[fold == number], fold == (number + 1) % settings.prior_folds
+        streams = Streams(positive[(fold != number) & ~chooses_epoch], positive[chooses_epoch], held[:0], learn, hold)
+        module = _ranking_head(head, streams, config.seed, progress).module
+        scores.append((scores_of(module, held), scores_of(module, hold)))
+    return pooled_prior(scores, resamples=_BOOTSTRAP_RESAMPLES, seed=config.seed), "estimated"
 
 
-def _lake_pixels(config: JobConfig, sample: pa.Table) -> Tensor:
-    shards = {shard.path: shard for shard in lake.list_shards(config.lake)}
-    places: dict[str, list[int]] = {}
-    for shard, row in zip(sample[schema.SHARD].to_pylist(), sample[schema.ROW].to_pylist(), strict=True):
-        places.setdefault(shard, []).append(row)
-    pixels: dict[bytes, Any] = {}
-    preprocessing = config.teacher.preprocessing
-    for chunk in lake.plan_chunks(config.lake, [shards[path] for path in places], config.lake.chunk_rows):
-        table = lake.read_chunk(config.lake.uri, chunk, places[chunk.shard.path])
-        decoded = embedding.decoder(config)(table)
-        matrix = lake.to_matrix(decoded[schema.PIXELS])
-        pixels.update(zip(decoded[schema.SAMPLE_ID].to_pylist(), matrix, strict=True))
-    stacked = np.stack([pixels[sample_id] for sample_id in sample[schema.SAMPLE_ID].to_pylist()])
-    return torch.from_numpy(stacked.reshape(len(stacked), *preprocessing.shape_hwc))
+# -- what is kept ------------------------------------------------------------------------------------------
 
 
-def _write(target: Storage, config: JobConfig, module: nn.Module, width: int) -> None:
+def _write_networks(target: Storage, config: JobConfig, module: nn.Module, neighbours: scorers.Neighbours) -> None:
     module = module.cpu().eval()
-    target.write_bytes("scorer.safetensors", models.save_weights(module))
+    width = neighbours.mean.shape[0]
+    features = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    target.write_bytes(finetune.WEIGHTS_FILE, models.save_weights(module))
     if config.scorer.features == "frozen":
-        example = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
-        graph = engine.to_onnx(module, example, input_name="features", output_names=["scores"])
+        graph = engine.to_onnx(module, features, input_name="features", output_names=["scores"])
     else:
         assert isinstance(module, models.Normalised)
         graph = engine.to_onnx(
             scorers.with_teacher(module, config).eval(),
             models.example_pixels(config.teacher.preprocessing),
             input_name="pixels",
-            output_names=["scores", "logits"],
+            output_names=["scores", "logits", "features"],
         )
     target.write_bytes("scorer.onnx", graph)
+    graph = engine.to_onnx(neighbours.eval(), features, input_name="features", output_names=["cosines"])
+    target.write_bytes("neighbours.onnx", graph)
 
 
-def _write_tables(target: Storage, labeled: LabeledImages, roles: list[str], calibration: Any, held_out: Any) -> None:
+def _write_tables(
+    target: Storage, labeled: LabeledImages, roles: list[str], calibration: Any, predicted: Any, held_out: Any
+) -> None:
     table = {
         schema.SAMPLE_ID: pa.array(labeled.ids, schema.SAMPLE_ID_TYPE),
         schema.NAME: pa.array(labeled.names),
@@ -259,5 +284,9 @@ def _write_tables(target: Storage, labeled: LabeledImages, roles: list[str], cal
         "role": pa.array(roles),
     }
     target.write_table("labeled.parquet", pa.table(table))
-    target.write_table("calibration.parquet", pa.table({schema.SCORE: pa.array(calibration, pa.float32())}))
+    promises = {
+        schema.SCORE: pa.array(calibration, pa.float32()),
+        schema.PREDICTED: pa.array(predicted.astype(np.int32)),
+    }
+    target.write_table("calibration.parquet", pa.table(promises))
     target.write_table("unlabeled.parquet", pa.table({schema.SCORE: pa.array(held_out, pa.float32())}))

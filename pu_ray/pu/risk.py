@@ -50,6 +50,7 @@ def non_negative_pu(
     positive_weight: float | None = None,
     beta: float = 0.0,
     gamma: float = 1.0,
+    across: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Risk:
     """Non-negative PU risk (Kiryo et al. 2017, equation 6 and algorithm 1; paper, equation 3).
 
@@ -68,13 +69,14 @@ def non_negative_pu(
         positive_weight: a, in (0, 1), or None for the plain risk.
         beta: Tolerance, at least 0.
         gamma: Step of the correction, in (0, 1].
+        across: Mean of a detached scalar over the workers of one step: all of them must take the same branch.
     """
     of = LOSSES[loss]
     weight = prior if positive_weight is None else positive_weight
     rest = (1 - weight) / (1 - prior)
     positive = weight * of(positive_logits_P).mean()
     negative = of(-unlabeled_logits_U).mean() - prior * of(-positive_logits_P).mean()
-    corrected = bool(negative.detach() < -beta)
+    corrected = bool(across(negative.detach()) < -beta)
     if corrected:
         return Risk((positive - rest * beta).detach(), -gamma * rest * negative, corrected)
     total = positive + rest * negative

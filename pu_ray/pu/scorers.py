@@ -5,19 +5,21 @@ Axes: N images, D feature width (all stages), R reduced width of the attention, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from pu_ray import models
+from pu_ray import models, workers
 from pu_ray.config import JobConfig, ScorerConfig
 from pu_ray.models import TappedNetwork, Teacher
 from pu_ray.pu import risk
 
 _ATTENTION_REDUCTION = 16  # paper: 960 -> 60 -> 960
+_LEAST_STD = 1e-4  # a constant feature must not explode
 
 Objective = Callable[[Tensor, Tensor], risk.Risk]
 
@@ -60,12 +62,38 @@ class Head(nn.Module):
     def standardise_like(self, features_ND: Tensor) -> None:
         """Take mean and standard deviation from these features."""
         self.mean.copy_(features_ND.mean(dim=0))
-        self.std.copy_(features_ND.std(dim=0).clamp_min(1e-4))
+        self.std.copy_(features_ND.std(dim=0).clamp_min(_LEAST_STD))
 
     def forward(self, features_ND: Tensor) -> Tensor:
         """Logits [N]."""
         standard_ND = (features_ND - self.mean) / self.std
         return cast(Tensor, self.last(self.body(self.attention(standard_ND)))).squeeze(1)
+
+
+class Neighbours(nn.Module):
+    """How near the nearest of some reference images is: cosine in standardised feature space.
+
+    Args:
+        reference_MD: Features of the reference images.
+        unlabeled_ND: Features that give the standardisation.
+    """
+
+    mean: Tensor
+    std: Tensor
+    reference: Tensor
+
+    def __init__(self, reference_MD: Tensor, unlabeled_ND: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", unlabeled_ND.mean(dim=0))
+        self.register_buffer("std", unlabeled_ND.std(dim=0).clamp_min(_LEAST_STD))
+        self.register_buffer("reference", self._direction(reference_MD))
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Largest cosine [N], in [-1, 1]."""
+        return (self._direction(features_ND) @ self.reference.T).amax(dim=1)
+
+    def _direction(self, features_ND: Tensor) -> Tensor:
+        return functional.normalize((features_ND - self.mean) / self.std, dim=1)
 
 
 class FinetunedScorer(nn.Module):
@@ -83,30 +111,32 @@ class FinetunedScorer(nn.Module):
 
 
 class ScorerWithTeacher(nn.Module):
-    """Both answers the selection needs, in one pass over the pixels."""
+    """All answers the selection needs, in one pass over the pixels."""
 
     def __init__(self, scorer: FinetunedScorer, teacher: Teacher) -> None:
         super().__init__()
         self.scorer = scorer
         self.teacher = teacher
 
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [N] and the teacher's logits [N, K]."""
-        return self.scorer(x_NCHW), self.teacher(x_NCHW)[1]
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [N], the teacher's logits [N, K] and features [N, D]."""
+        features_ND, logits_NK = self.teacher(x_NCHW)
+        return self.scorer(x_NCHW), logits_NK, features_ND
 
 
 def objective(settings: ScorerConfig, prior: float) -> Objective:
     """The risk a scorer of this kind descends, from the logits of positives and of unlabeled images."""
-    if settings.kind == "pvu":
+    if settings.kind in ("pvu", "ted"):
         return risk.positive_versus_unlabeled
     weight = None if settings.positive_weight == "prior" else float(settings.positive_weight)
-    return functools.partial(
+    return partial(
         risk.non_negative_pu,
         prior=prior,
         loss=settings.loss,
         positive_weight=weight,
         beta=settings.beta,
         gamma=settings.gamma,
+        across=workers.mean,
     )
 
 
@@ -123,7 +153,7 @@ def new_finetuned(config: JobConfig) -> models.Normalised:
 
 
 def with_teacher(scorer: models.Normalised, config: JobConfig) -> models.Normalised:
-    """Pixels to scores [N] and the teacher's logits [N, K], for one pass over the lake."""
+    """What `ScorerWithTeacher` gives, from pixels uint8 [N, H, W, C], for one pass over the lake."""
     teacher, _ = models.load_teacher(config.teacher)
     assert isinstance(scorer.network, FinetunedScorer)
     return models.Normalised(ScorerWithTeacher(scorer.network, teacher), config.teacher.preprocessing)

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from pu_ray import optim
+from pu_ray import optim, workers
 from pu_ray.config import ScorerConfig, SplitConfig
 from pu_ray.progress import Progress
 from pu_ray.pu import scorers
+from pu_ray.pu.prior import estimate_prior
 
 ROLES = ("train", "validate", "calibrate")
 _EVALUATION_BATCH = 1024
+_MOST_LEFT_OUT = 0.9  # an estimate near 1 must not leave a step without unlabeled images
 
 
 @dataclass
@@ -80,6 +85,31 @@ def rank(sample: bytes, seed: int) -> bytes:
     return hashlib.blake2b(sample, digest_size=8, key=seed.to_bytes(8, "big")).digest()
 
 
+@dataclass
+class State:
+    """What a checkpoint holds.
+
+    Attributes:
+        epoch: Epochs done.
+        step: Steps done.
+        best_epoch: The one with the best proxy AUC so far, counted from 1.
+        best_auc: That AUC.
+        best_weights: Its state dict.
+        curve: Risk and proxy AUC after each epoch.
+    """
+
+    epoch: int
+    step: int
+    best_epoch: int
+    best_auc: float
+    best_weights: dict[str, Tensor]
+    curve: list[dict[str, float]]
+
+
+# Called after every epoch with the state and, lazily, the bytes of a checkpoint.
+Report = Callable[[State, Callable[[], bytes]], None]
+
+
 def fit_scorer(
     module: nn.Module,
     streams: Streams,
@@ -87,64 +117,115 @@ def fit_scorer(
     settings: ScorerConfig,
     seed: int,
     progress: Progress,
+    *,
+    leave_out: Callable[[nn.Module], Tensor] | None = None,
+    checkpoint: bytes | None = None,
+    report: Report = lambda _state, _bytes: None,
 ) -> Fitted:
     """Descend the risk with two streams; keep the epoch with the best proxy AUC.
+
+    Several workers train together where `torch.distributed` is up; each brings its own streams.
 
     Args:
         module: Maps a stream's inputs to logits [N]; changed in place.
         streams: Training and held-out inputs.
         objective: The risk of one step.
-        settings: Batch sizes, epochs, optimiser.
+        settings: Batch sizes (over all workers), epochs, optimiser.
         seed: Of the order of the images.
         progress: Advanced by unlabeled images.
+        leave_out: Before each epoch, which unlabeled training images it does without, bool [N]; see `most_positive`.
+        checkpoint: Bytes of an earlier checkpoint, to go on from.
+        report: Called after every epoch.
     """
-    generator = torch.Generator().manual_seed(seed)
     device = next(module.parameters()).device
-    positives_per_step = min(max(1, round(settings.batch_size * settings.positive_share)), settings.batch_size - 1)
-    unlabeled_per_step = min(settings.batch_size - positives_per_step, len(streams.unlabeled_train))
-    steps_per_epoch = len(streams.unlabeled_train) // unlabeled_per_step
+    world = workers.count()
+    batch = max(2, settings.batch_size // world)
+    positives_per_step = min(max(1, round(batch * settings.positive_share)), batch - 1)
+    unlabeled_per_step = min(batch - positives_per_step, len(streams.unlabeled_train))
+    steps_per_epoch = workers.least(len(streams.unlabeled_train) // unlabeled_per_step, device)
     optimizer, schedule = optim.build(module.parameters(), settings.optimizer, settings.epochs * steps_per_epoch)
-    progress.start(settings.epochs * steps_per_epoch * unlabeled_per_step, "unlabeled images")
-    positive_order = _Cycle(len(streams.positive_train), generator)
-    best_auc, best_epoch, best_state = -1.0, 0, copy.deepcopy(module.state_dict())
-    curve: list[dict[str, float]] = []
-    for epoch in range(1, settings.epochs + 1):
-        module.train()
+    progress.start(settings.epochs * steps_per_epoch * unlabeled_per_step * world, "unlabeled images")
+    state = State(0, 0, 0, -1.0, copy.deepcopy(module.state_dict()), [])
+    if checkpoint is not None:
+        state = _restore(checkpoint, module, optimizer, schedule)
+        progress.advance(state.epoch * steps_per_epoch * unlabeled_per_step * world)
+    wrapped: nn.Module = DistributedDataParallel(module, find_unused_parameters=True) if world > 1 else module
+    while state.epoch < settings.epochs:
+        order = _permutation(len(streams.unlabeled_train), seed, state.epoch, stream=0)
+        if leave_out is not None:
+            order = order[~leave_out(module)[order]]
+        wrapped.train()
         values = []
-        order = torch.randperm(len(streams.unlabeled_train), generator=generator)
-        for step in range(steps_per_epoch):
-            positive = streams.positive_train[positive_order.take(positives_per_step)]
+        for step in range(workers.least(max(1, len(order) // unlabeled_per_step), device)):
+            positive = streams.positive_train[
+                _endless(len(streams.positive_train), state.step, positives_per_step, seed)
+            ]
             unlabeled = streams.unlabeled_train[order[step * unlabeled_per_step :][:unlabeled_per_step]]
             # One forward pass for both streams: batch norm must see the mixture, not tell the streams apart.
-            logits = module(torch.cat([positive, unlabeled]).to(device))
+            logits = wrapped(torch.cat([positive, unlabeled]).to(device))
             current = objective(logits[:positives_per_step], logits[positives_per_step:])
             optimizer.zero_grad(set_to_none=True)
             current.objective.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            values.append(float(current.value))
-            progress.advance(unlabeled_per_step)
-        auc = proxy_auc(scores_of(module, streams.positive_validate), scores_of(module, streams.unlabeled_validate))
-        curve.append({"epoch": epoch, "risk": float(np.mean(values)), "proxy_auc": auc})
-        if auc > best_auc:
-            best_auc, best_epoch, best_state = auc, epoch, copy.deepcopy(module.state_dict())
-    module.load_state_dict(best_state)
-    return Fitted(module, best_epoch, best_auc, curve)
+            state.step += 1
+            values.append(float(workers.mean(current.value)))
+            progress.advance(unlabeled_per_step * world)
+        state.epoch += 1
+        auc = proxy_auc_of(module, streams)
+        state.curve.append({"epoch": state.epoch, "risk": float(np.mean(values)), "proxy_auc": auc})
+        if auc > state.best_auc:
+            state.best_auc, state.best_epoch = auc, state.epoch
+            state.best_weights = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+        report(state, lambda: _checkpoint(state, module, optimizer, schedule))
+    module.load_state_dict(state.best_weights)
+    return Fitted(module, state.best_epoch, state.best_auc, state.curve)
 
 
-class _Cycle:
-    """Endless order of positives: each is used once before any is used again."""
+def _checkpoint(state: State, module: nn.Module, optimizer: Any, schedule: Any) -> bytes:
+    content = {
+        "state": {field.name: getattr(state, field.name) for field in fields(state)},
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
-    def __init__(self, count: int, generator: torch.Generator) -> None:
-        self._count = count
-        self._generator = generator
-        self._left = torch.empty(0, dtype=torch.int64)
 
-    def take(self, number: int) -> Tensor:
-        while len(self._left) < number:
-            self._left = torch.cat([self._left, torch.randperm(self._count, generator=self._generator)])
-        taken, self._left = self._left[:number], self._left[number:]
-        return taken
+def _restore(content: bytes, module: nn.Module, optimizer: Any, schedule: Any) -> State:
+    saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    module.load_state_dict(saved["module"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    return State(**saved["state"])
+
+
+def most_positive(module: nn.Module, streams: Streams) -> Tensor:
+    """The unlabeled training images that look most positive, as many as the prior says, bool [N].
+
+    Conditional value ignoring risk (Garg et al. 2021, algorithm 1): what is left are negatives, as far as the scorer
+    can tell, and learning from them makes it tell better. The prior is estimated anew each time, on what is held out.
+    """
+    estimate = estimate_prior(*_held_out(module, streams)).estimate
+    scores = scores_of(module, streams.unlabeled_train)
+    out = torch.zeros(len(scores), dtype=torch.bool)
+    out[np.argsort(-scores, kind="stable")[: int(min(estimate, _MOST_LEFT_OUT) * len(scores))]] = True
+    return out
+
+
+def _endless(count: int, step: int, number: int, seed: int) -> Tensor:
+    """What a step takes of an endless row of permutations: each is used once before any is used again."""
+    positions = np.arange(step * number, (step + 1) * number)
+    turns = range(positions[0] // count, positions[-1] // count + 1)
+    row = torch.cat([_permutation(count, seed, turn, stream=1) for turn in turns])
+    return row[torch.from_numpy(positions - turns[0] * count)]
+
+
+def _permutation(count: int, seed: int, turn: int, stream: int) -> Tensor:
+    """Seeded by its own number, so that a fit that goes on draws what it would have drawn."""
+    return torch.from_numpy(np.random.default_rng([seed, turn, workers.rank(), stream]).permutation(count))
 
 
 def scores_of(module: nn.Module, inputs: Tensor) -> Any:
@@ -157,6 +238,16 @@ def scores_of(module: nn.Module, inputs: Tensor) -> Any:
             for start in range(0, len(inputs), _EVALUATION_BATCH)
         ]
     return torch.cat(parts).numpy()
+
+
+def proxy_auc_of(module: nn.Module, streams: Streams) -> float:
+    """Proxy AUC on what is held out, of all workers: the criterion for epochs and for kinds of scorers."""
+    return proxy_auc(*_held_out(module, streams))
+
+
+def _held_out(module: nn.Module, streams: Streams) -> list[Any]:
+    parts = (streams.positive_validate, streams.unlabeled_validate)
+    return [workers.gathered(scores_of(module, part)) for part in parts]
 
 
 def proxy_auc(positive_scores: Any, unlabeled_scores: Any) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from pu_ray import config, ledger, manifest
 from pu_ray.manifest import Manifest
@@ -147,3 +148,36 @@ def test_new_shards_cost_their_own_work_and_no_more(task: Path, tmp_path: Path) 
     assert made["features"].counts["rows_done_now"] == 140
     assert made["score"].counts["rows"] == 1490
     assert (tmp_path / "run/run/scorer/manifest.json").read_bytes() != scorer
+
+
+def test_the_papers_scorer_is_trained_by_two_workers_and_looks_at_every_image(
+    task: Path, cached: Path, tmp_path: Path
+) -> None:
+    scorer = {
+        "features": "finetuned",
+        "kind": "nnpu",
+        "workers": 2,
+        "unlabeled_sample": 400,
+        "epochs": 2,
+        "batch_size": 64,
+        "optimizer": {"kind": "sgd", "lr": 0.01, "weight_decay": 5e-3},
+    }
+    made = mine(job(task, tmp_path, features={"cache_uri": str(cached / "shared")}, scorer=scorer))
+    assert made["fit"].facts["features"] == "finetuned"
+    assert len(made["fit"].facts["curve"]) == 2
+    assert not (tmp_path / "run/scorer/_train").exists()
+    scores = rows(tmp_path, "scores")
+    assert scores.num_rows == SMALL.lake_rows
+    assert scores["score"].null_count == SMALL.broken
+    # Two epochs from a teacher of the very classes rank digits above letters.
+    truth = pq.read_table(task / "truth.parquet")
+    classes = dict(zip(truth["sample_id"].to_pylist(), truth["class"].to_pylist(), strict=True))
+    usable = scores.filter(scores["error"].is_null())
+    positive = np.array([classes[sample] >= 0 for sample in usable["sample_id"].to_pylist()])
+    assert roc_auc_score(positive, usable["score"].to_numpy()) > 0.8
+    # What controls rank by is the frozen teacher's, as it is beside a head on frozen features.
+    other = rows(cached, "scores")
+    for name in ("energy", "entropy"):
+        np.testing.assert_allclose(
+            scores[name].to_numpy(zero_copy_only=False), other[name].to_numpy(zero_copy_only=False), atol=0.05
+        )

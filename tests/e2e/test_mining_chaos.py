@@ -105,15 +105,13 @@ def finish(process: subprocess.Popen[bytes], job: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(mine: Mine, tmp_path_factory: pytest.TempPathFactory) -> tuple[pa.Table, float]:
-    """The scores of a run that nobody disturbed, and how long it took."""
+def undisturbed(mine: Mine, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """The scores of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     job = mine.job(folder)
-    started = time.monotonic()
     finish(mine.start(job), job)
-    elapsed = time.monotonic() - started
     assert counted(folder) == SHARDS * ROWS
-    return scores(folder), elapsed
+    return scores(folder)
 
 
 def counted(folder: Path) -> int:
@@ -135,21 +133,19 @@ def scoring_actors() -> list[int]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_dies_the_scores_are_those_of_an_undisturbed_run(
-    seed: int, mine: Mine, undisturbed: tuple[pa.Table, float], tmp_path: Path, record_property: Any
+    seed: int, mine: Mine, undisturbed: pa.Table, tmp_path: Path, record_property: Any
 ) -> None:
-    expected, elapsed = undisturbed
     chance = random.Random(seed)
     victim = ("driver", "actor", "node")[seed % 3]
     job = mine.job(tmp_path)
     process = mine.start(job)
-    # From the first scored block on; before that there is nothing to lose.
+    # At a random moment of the work, counted in images: on a busy machine a moment in seconds may be past the end.
+    least = chance.uniform(0, 0.6) * SHARDS * ROWS
     deadline = time.monotonic() + 120
-    while not (tmp_path / "counter").exists():
+    while not (tmp_path / "counter").exists() or counted(tmp_path) <= least:
         assert process.poll() is None, (tmp_path / "stderr").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(chance.uniform(0, 0.2 * elapsed))
-    assert process.poll() is None, "the run ended before anything could be killed"
     if victim == "driver":
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -163,7 +159,7 @@ def test_whatever_dies_the_scores_are_those_of_an_undisturbed_run(
     finish(process, job)
     found = scores(tmp_path)
     assert found.num_rows == SHARDS * ROWS
-    assert found == expected
+    assert found == undisturbed
     twice = counted(tmp_path) / (SHARDS * ROWS) - 1
     record_property("victim", victim)
     record_property("scored_twice", twice)

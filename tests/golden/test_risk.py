@@ -200,3 +200,18 @@ def test_extreme_logits_stay_finite():
         result = risk.non_negative_pu(p, u, 0.5, loss=loss)
         assert torch.isfinite(result.value)
         assert all(np.isfinite(gradient).all() for gradient in gradients(result, p, u))
+
+
+def test_all_workers_take_the_branch_of_their_mean():
+    p, u = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([-3.0, -4.0], requires_grad=True)
+    alone = risk.non_negative_pu(p, u, 0.4)
+    assert alone.corrected
+    seen = []
+
+    def across(value):
+        seen.append(float(value))
+        return torch.tensor(0.1)  # the other workers' batches are not negative
+
+    together = risk.non_negative_pu(p, u, 0.4, across=across)
+    assert seen[0] < 0
+    assert not together.corrected

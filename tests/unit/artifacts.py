@@ -114,7 +114,7 @@ COUNTS: Mapping[str, Mapping[str, int]] = {
     "features": {"rows": 40, "errors": 2, "shards": 1, "shards_done_now": 1, "rows_done_now": 40},
     "fit": {"labeled": 12, "labeled_train": 6, "labeled_validate": 2, "labeled_calibrate": 4, "unlabeled": 20},
     "score": {"rows": 40, "errors": 2, "shards": 1, "rows_done_now": 40},
-    "select": {"selected": 8, "candidates": 12, "labeled": 1, "leak": 2, "near_leak": 1},
+    "select": {"selected": 8, "candidates": 12, "labeled": 1, "leak": 2, "near_leak": 1, "near_duplicate": 3},
     "materialise": {"rows": 8, "shards": 1},
     "distill": {"steps": 10, "images_seen": 640, "images": 18, "parameters": 1_234},
     "evaluate": {"test": 100, "teacher_parameters": 12_340, "student_parameters": 1_234},

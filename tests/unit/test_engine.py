@@ -183,21 +183,44 @@ class Double:
         return [2 * batch[:, 0]]
 
 
+class Third:
+    """Cosines."""
+
+    def run(self, batch):
+        return [batch[:, 0] / 3]
+
+
 def test_a_scorer_is_a_head_behind_a_network(pixels):
-    scores, logits = engine.Scorer(Halves(gated=False), Double()).run(pixels)
+    scores, logits, cosines = engine.Scorer(Halves(gated=False), Double(), Third()).run(pixels)
     features, expected = Halves(gated=False).run(pixels)
     np.testing.assert_array_equal(scores, 2 * features[:, 0])
     np.testing.assert_array_equal(logits, expected)
+    np.testing.assert_array_equal(cosines, features[:, 0] / 3)
+
+
+def test_a_finetuned_scorer_keeps_the_networks_answers_and_adds_the_cosines(pixels):
+    class Whole:
+        def run(self, batch):
+            features, logits = Halves(gated=False).run(batch)
+            return [7 * features[:, 0], logits, features]
+
+    scores, logits, cosines = engine.FinetunedScorer(Whole(), Third()).run(pixels)
+    features, expected = Halves(gated=False).run(pixels)
+    np.testing.assert_array_equal(scores, 7 * features[:, 0])
+    np.testing.assert_array_equal(logits, expected)
+    np.testing.assert_array_equal(cosines, features[:, 0] / 3)
 
 
 def test_a_scorer_gives_what_the_gate_rejected_minus_infinity(pixels):
-    scores, _, margins = engine.Scorer(Halves(gated=True), Double()).run(pixels)
+    scores, _, cosines = engine.Scorer(Halves(gated=True), Double(), Third()).run(pixels)
+    margins = Halves(gated=True).run(pixels)[2]
+    assert (cosines[margins < 0] == 0).all()
     assert (np.isneginf(scores) == (margins < 0)).all()
     assert 0 < np.isneginf(scores).sum() < len(pixels)
     dark = pixels[margins < 0]
     gated = Halves(gated=True)
     gated.run = lambda batch: [*Halves(gated=False).run(batch), np.full(len(batch), -1.0)]
-    assert np.isneginf(engine.Scorer(gated, Double()).run(dark)[0]).all()
+    assert np.isneginf(engine.Scorer(gated, Double(), Third()).run(dark)[0]).all()
 
 
 def test_a_graph_is_cut_where_a_tensor_separates_it_and_nowhere_else(pixels):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from artifacts import COUNTS, FACTS, job, png, settings
 
-from pu_ray import config, manifest, pipeline, report
+from pu_ray import config, lease, manifest, pipeline, report
 from pu_ray.config import JobConfig
 from pu_ray.errors import ClusterError, ConfigError, DataError, GateError
 from pu_ray.manifest import Publication
@@ -191,7 +191,7 @@ def test_a_control_of_another_size_is_another_control():
 
 
 def test_a_control_sees_the_jobs_artifacts_and_keeps_its_own():
-    storage = pipeline._ControlStorage("/run/controls/random", shared=Storage("/run"))
+    storage = pipeline.ControlStorage("/run/controls/random", shared=Storage("/run"))
     assert [storage.child(name).uri for name in ("features", "scorer", "scores")] == [
         "/run/features",
         "/run/scorer",
@@ -602,8 +602,6 @@ def test_a_wrong_path_stops_a_run_with_the_name_of_its_field(world, verb, sectio
 
 
 def test_a_second_run_on_the_same_output_is_refused_and_touches_nothing(world):
-    from pu_ray import lease
-
     with lease.hold(world.storage, "another run"), pytest.raises(ClusterError, match="another run") as caught:
         world.run()
     assert world.ran == []
@@ -626,9 +624,57 @@ def test_a_run_that_lost_its_output_stops_before_the_next_stage(world):
 
         return SimpleNamespace(run=run)
 
-    from pu_ray import lease
-
     pipeline.importlib.import_module = stolen
     with pytest.raises(ClusterError):
         made.run()
     assert world.ran == ["features", "fit"]
+
+
+# -- audit -------------------------------------------------------------------------------------------------
+
+
+class Auditor:
+    """An audit that only publishes."""
+
+    def draw(self, made, storage, images):
+        return {"drawn": images}
+
+    def publish(self, made, storage, answers):
+        selected = manifest.require(storage.child("selection"), "select")
+        inputs = {"select": selected.identity, "answers": answers}
+        facts = {"precision": {"value": 0.9, "bound": 0.8, "low": 0.7, "high": 1.0, "n": 9}, "in_order": True}
+        return Publication("audit", "audited", inputs, 0).publish(storage.child("audit"), counts={}, facts=facts)
+
+
+@pytest.fixture
+def auditor(monkeypatch) -> None:
+    import pu_ray
+
+    monkeypatch.setattr(pu_ray, "audit", Auditor(), raising=False)
+
+
+@pytest.mark.parametrize("ask", [lambda made: made.audit(5), lambda made: made.audited("a.csv")])
+def test_an_audit_needs_a_current_selection_and_its_images(world, auditor, ask):
+    with pytest.raises(DataError, match="run `pu-ray select JOB"):
+        ask(world.pipeline())
+    world.run()
+    ask(world.pipeline())
+    assert world.sessions == 1, "an audit needs no Ray"
+    with pytest.raises(DataError, match="`audit` needs the result of `select`, which is missing or out of date"):
+        ask(world.pipeline(selection={"recall": 0.5}))
+
+
+def test_an_audit_appears_in_the_report_at_once_and_goes_with_its_selection(world, auditor):
+    assert "audit" not in world.run()[1]
+    world.pipeline().audited("a.csv")
+    assert world.storage.read_json("summary.json")["audit"]["precision"]["bound"] == 0.8
+    ran, summary = world.run()
+    assert ran == []
+    assert "audit" in summary
+    assert "audit" not in world.run(selection={"recall": 0.5})[1]
+
+
+def test_no_audit_while_a_run_is_at_work(world, auditor):
+    world.run()
+    with lease.hold(world.storage, "run of job job"), pytest.raises(ClusterError):
+        world.pipeline().audit(5)

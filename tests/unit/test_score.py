@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from artifacts import identity_columns, png
+from scipy import stats
 
 from pu_ray import images, lake, schema, score
 from pu_ray.config import PreprocessingConfig
@@ -17,6 +18,9 @@ BROKEN = np.array([False, True, False, False, True])
 
 def errors(broken) -> pa.Array:
     return pa.array(["truncated" if gone else None for gone in broken], pa.string())
+
+
+COSINES = np.array([0.5, -0.25, 1.0], np.float32)
 
 
 def features_block(broken=BROKEN) -> pa.Table:
@@ -48,7 +52,7 @@ class FakeEngine:
 class FakePixelEngine(FakeEngine):
     def run(self, batch):
         (sums,) = super().run(batch)
-        return [sums, np.stack([sums, -sums], axis=1)]
+        return [sums, np.stack([sums, -sums], axis=1), sums / 100]
 
 
 # -- answer ------------------------------------------------------------------------------------------------
@@ -56,7 +60,7 @@ class FakePixelEngine(FakeEngine):
 
 def test_the_confidence_is_the_softmax_probability_of_the_predicted_class():
     logits = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32) * 5
-    table = score.answer(features_block(), [1.5, -2.0, 0.25], logits, BROKEN)
+    table = score.answer(features_block(), [1.5, -2.0, 0.25], logits, COSINES, BROKEN)
     assert table.schema == schema.scores()
     expected = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(axis=1, keepdims=True)
     for place, row in zip((0, 2, 3), range(3), strict=True):
@@ -64,20 +68,31 @@ def test_the_confidence_is_the_softmax_probability_of_the_predicted_class():
         assert answer[schema.PREDICTED] == expected[row].argmax()
         assert answer[schema.CONFIDENCE] == pytest.approx(expected[row].max(), rel=1e-5)
     assert table[schema.SCORE].to_pylist() == [1.5, None, -2.0, 0.25, None]
+    assert table[schema.NEIGHBOUR].drop_null().to_pylist() == pytest.approx(COSINES.tolist())
+
+
+def test_energy_and_entropy_are_those_of_the_teachers_answer():
+    logits = np.random.default_rng(1).normal(size=(3, 4)) * 3
+    table = score.answer(features_block(), np.zeros(3), logits.astype(np.float32), COSINES, BROKEN)
+    energy = [float(np.log(sum(np.exp(value) for value in row))) for row in logits]
+    assert table[schema.ENERGY].drop_null().to_pylist() == pytest.approx(energy, rel=1e-5)
+    entropy = [float(stats.entropy(np.exp(row) / np.exp(row).sum())) for row in logits]
+    assert table[schema.ENTROPY].drop_null().to_pylist() == pytest.approx(entropy, rel=1e-4)
 
 
 def test_large_logits_do_not_overflow():
     logits = np.array([[1000.0, 0.0], [-1000.0, -1001.0], [0.0, 0.0]], np.float32)
     with np.errstate(over="raise", invalid="raise"):
-        table = score.answer(features_block(), np.zeros(3), logits, BROKEN)
+        table = score.answer(features_block(), np.zeros(3), logits, COSINES, BROKEN)
     confidence = table[schema.CONFIDENCE].drop_null().to_pylist()
     assert confidence == pytest.approx([1.0, 1 / (1 + np.exp(-1)), 0.5])
 
 
 def test_broken_rows_get_nulls_and_keep_identity_and_reason():
     block = features_block()
-    table = score.answer(block, np.ones(3), np.ones((3, 2)), BROKEN)
-    for name in (schema.SCORE, schema.PREDICTED, schema.CONFIDENCE):
+    table = score.answer(block, np.ones(3), np.ones((3, 2)), COSINES, BROKEN)
+    answers = (schema.SCORE, schema.PREDICTED, schema.CONFIDENCE, schema.ENERGY, schema.ENTROPY, schema.NEIGHBOUR)
+    for name in answers:
         assert table[name].is_null().to_pylist() == BROKEN.tolist()
     for name in (*schema.IDENTITY_COLUMNS, schema.ERROR):
         assert table[name] == block[name]
@@ -86,7 +101,7 @@ def test_broken_rows_get_nulls_and_keep_identity_and_reason():
 def test_a_block_of_several_chunks_is_answered_in_order():
     block = pa.concat_tables([features_block().slice(0, 2), features_block().slice(2)])
     assert block[schema.ROW].num_chunks == 2
-    table = score.answer(block, [10.0, 20.0, 30.0], np.zeros((3, 2)), BROKEN)
+    table = score.answer(block, [10.0, 20.0, 30.0], np.zeros((3, 2)), COSINES, BROKEN)
     assert table[schema.SCORE].to_pylist() == [10.0, None, 20.0, 30.0, None]
     assert table[schema.ROW].to_pylist() == [0, 1, 2, 3, 4]
 
@@ -98,6 +113,7 @@ def test_a_block_of_several_chunks_is_answered_in_order():
 def feature_scorer(tmp_path, monkeypatch) -> score.FeatureScorer:
     scorer = Storage(str(tmp_path))
     scorer.write_bytes("scorer.onnx", b"graph")
+    scorer.write_bytes("neighbours.onnx", b"graph")
     monkeypatch.setattr(score.engine, "OnnxEngine", FakeEngine)
     return score.FeatureScorer(scorer, batch_size=2)
 
@@ -107,7 +123,7 @@ def test_features_are_scored_in_order_in_batches_without_the_broken_rows(feature
     assert table.schema == schema.scores()
     assert table[schema.SCORE].to_pylist() == [0.0, None, 6.0, 9.0, None]
     assert table[schema.PREDICTED].to_pylist() == [0, None, 0, 0, None]
-    assert feature_scorer._engine.batches == [2, 1]
+    assert feature_scorer._head.batches == [2, 1]
 
 
 @pytest.mark.parametrize("broken", [[True, True], []])
@@ -115,7 +131,7 @@ def test_a_block_without_a_usable_row_needs_no_engine(feature_scorer, broken):
     table = feature_scorer(features_block(np.array(broken, bool)))
     assert table.schema == schema.scores()
     assert table[schema.SCORE].to_pylist() == [None] * len(broken)
-    assert feature_scorer._engine.batches == []
+    assert feature_scorer._head.batches == []
 
 
 def test_pixels_are_scored_in_their_shape():
@@ -155,8 +171,10 @@ def test_what_the_gate_rejected_scores_minus_infinity_and_has_no_class(feature_s
     assert table[schema.SCORE].to_pylist() == [0.0, None, -np.inf, 9.0, None]
     assert table[schema.PREDICTED].to_pylist() == [0, None, schema.NO_CLASS, 0, None]
     assert table[schema.CONFIDENCE].to_pylist()[2] == 0.0
+    assert table[schema.ENERGY].to_pylist()[2] == -np.inf
+    assert table[schema.NEIGHBOUR].to_pylist()[2] == -1.0
     assert table[schema.ERROR] == block[schema.ERROR]
-    assert feature_scorer._engine.batches == [2]
+    assert feature_scorer._head.batches == [2]
 
 
 def test_images_are_scored_with_their_thumbnails_where_no_cache_keeps_them():

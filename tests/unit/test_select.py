@@ -34,6 +34,11 @@ class Row:
     score: float | None
     predicted: int = 0
     error: str | None = None
+    confidence: float = 0.9
+    energy: float = 1.0
+    entropy: float = 0.3
+    neighbour: float = 0.5
+    features: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass
@@ -47,11 +52,14 @@ class Scene:
 
     cache: bool = True
     calibration: list[float] = field(default_factory=lambda: list(CALIBRATION))
+    calibration_classes: list[int] = field(default_factory=list)
+    truth: dict[bytes, int] = field(default_factory=dict)
 
     def run(self, **settings: Any) -> pa.Table:
         """Select, and return selection.parquet."""
         self.write()
-        config = job(self.root, selection=settings, features={"cache": self.cache})
+        known = {"lake": {"uri": f"{self.root}/lake", "truth": f"{self.root}/truth.parquet"}} if self.truth else {}
+        config = job(self.root, selection=settings, features={"cache": self.cache}, **known)
         self.manifest = select.run(config, self.storage, {}, "identity", Silent())
         return self.storage.child("selection").read_table("selection.parquet")
 
@@ -68,8 +76,21 @@ class Scene:
         scorer = self.storage.child("scorer")
         ids = pa.array([images.sample_id(content) for content in self.labeled], schema.SAMPLE_ID_TYPE)
         scorer.write_table("labeled.parquet", pa.table({schema.SAMPLE_ID: ids}))
-        scorer.write_table("calibration.parquet", pa.table({schema.SCORE: pa.array(self.calibration, pa.float32())}))
+        predicted = self.calibration_classes or [0] * len(self.calibration)
+        promises = {
+            schema.SCORE: pa.array(self.calibration, pa.float32()),
+            schema.PREDICTED: pa.array(predicted, pa.int32()),
+        }
+        scorer.write_table("calibration.parquet", pa.table(promises))
         publish(scorer, "fit", facts={"classes": CLASSES})
+        if self.truth:
+            columns = {
+                schema.SAMPLE_ID: pa.array(
+                    [images.sample_id(content) for content in self.truth], schema.SAMPLE_ID_TYPE
+                ),
+                schema.CLASS: pa.array(list(self.truth.values()), pa.int32()),
+            }
+            Storage(str(self.root)).write_table("truth.parquet", pa.table(columns))
         test = Storage(f"{self.root}/test")
         test.delete()
         for position, content in enumerate(self.test):
@@ -91,7 +112,10 @@ def _scores(shard: str, rows: list[Row]) -> pa.Table:
         **identity_columns([row.content for row in rows], shard),
         schema.SCORE: pa.array([row.score for row in rows], pa.float32()),
         schema.PREDICTED: pa.array([row.predicted for row in rows], pa.int32()),
-        schema.CONFIDENCE: pa.array([0.9] * len(rows), pa.float32()),
+        schema.CONFIDENCE: pa.array([row.confidence for row in rows], pa.float32()),
+        schema.ENERGY: pa.array([row.energy for row in rows], pa.float32()),
+        schema.ENTROPY: pa.array([row.entropy for row in rows], pa.float32()),
+        schema.NEIGHBOUR: pa.array([row.neighbour for row in rows], pa.float32()),
         schema.ERROR: pa.array([row.error for row in rows], pa.string()),
     }
     return pa.table(columns, schema=schema.scores())
@@ -105,7 +129,7 @@ def _features(shard: str, rows: list[Row]) -> pa.Table:
             small[position] = images.thumbnails(images.decode(row.content, PREPROCESSING)[None])[0]
     columns = {
         **identity_columns([row.content for row in rows], shard),
-        schema.FEATURES: lake.fixed_list(np.zeros((len(rows), 2), np.float16), broken),
+        schema.FEATURES: lake.fixed_list(np.array([row.features for row in rows], np.float16).reshape(-1, 2), broken),
         schema.LOGITS: lake.fixed_list(np.zeros((len(rows), 2), np.float32), broken),
         schema.THUMBNAIL: lake.fixed_list(small, broken),
         schema.GATE: pa.nulls(len(rows), pa.float32()),
@@ -275,6 +299,99 @@ def test_error_rows_and_scores_that_are_no_number_are_never_chosen(scene):
     }
     for settings in ({"rule": "budget", "budget": 9}, {"rule": "random", "budget": 9}, {"rule": "zero"}, {}):
         assert chosen(scene.run(**settings)) == set(ids(png(0)))
+
+
+# -- controls, and what is preferred -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "column"), [("confidence", "confidence"), ("energy", "energy"), ("neighbours", "neighbour")]
+)
+def test_a_control_takes_the_first_by_what_it_ranks_by(scene, rule, column):
+    scene.shards = {"a": [Row(png(k), score=-5.0, **{column: k / 10}) for k in range(9)]}
+    assert chosen(scene.run(rule=rule, budget=3)) == set(ids(png(6), png(7), png(8)))
+
+
+def test_everything_is_everything_that_may_be_mined(scene):
+    scene.labeled = [png(1)]
+    scene.shards = {"a": [Row(png(k), score=-5.0) for k in range(5)] + [rejected_by_the_gate(png(7))]}
+    assert chosen(scene.run(rule="everything")) == set(ids(png(0), png(2), png(3), png(4), png(7)))
+
+
+def test_the_oracle_takes_the_true_positives_whatever_their_scores(scene):
+    scene.shards = {"a": [Row(png(k), score=float(-k)) for k in range(8)]}
+    scene.truth = {png(k): (k % 2) - 1 for k in range(8)}  # odd ones are of class 0
+    assert chosen(scene.run(rule="oracle")) == set(ids(png(1), png(3), png(5), png(7)))
+    assert len(chosen(scene.run(rule="oracle", budget=2))) == 2
+
+
+def test_among_those_that_pass_the_least_certain_may_be_preferred(scene):
+    scene.shards = {"a": [Row(png(k), score=1.0 + k, entropy=2.0 - k / 5) for k in range(8)]}
+    scene.shards["a"].append(Row(png(50), score=-9.0, entropy=9.0))
+    assert chosen(scene.run(budget=3)) == set(ids(png(5), png(6), png(7)))
+    assert chosen(scene.run(budget=3, prefer="uncertain")) == set(ids(png(0), png(1), png(2)))
+
+
+def test_any_of_those_that_pass_is_a_draw_that_the_seed_decides(scene):
+    scene.shards = {"a": [Row(png(k), score=1.0 + k) for k in range(40)] + [Row(png(99), score=-9.0)]}
+    ranked = sorted(ids(*(png(k) for k in range(40))), key=lambda sample: select.random_key(sample, 0), reverse=True)
+    assert chosen(scene.run(budget=6, prefer="any")) == set(ranked[:6])
+
+
+def test_spread_gives_every_region_of_feature_space_its_share(scene):
+    # 60 images in one corner, 6 in each of two others: purest-first would never see these.
+    rows = [Row(png(k), score=50.0 - k / 10, features=(0.01 * k, 0.0)) for k in range(60)]
+    rows += [Row(png(100 + k), score=2.0, features=(90.0, 0.01 * k)) for k in range(6)]
+    rows += [Row(png(200 + k), score=2.0, features=(0.01 * k, 90.0)) for k in range(6)]
+    scene.shards = {"a": rows}
+    far = set(ids(*(png(100 + k) for k in range(6)), *(png(200 + k) for k in range(6))))
+    assert not chosen(scene.run(budget=30, balance="none")) & far
+    once = chosen(scene.run(budget=30, balance="none", prefer="spread"))
+    assert far <= once
+    assert len(once) == 30
+    assert chosen(scene.run(budget=30, balance="none", prefer="spread")) == once
+
+
+# -- other promises ----------------------------------------------------------------------------------------
+
+
+def test_each_predicted_class_may_have_its_own_threshold(scene):
+    scene.calibration = [*np.linspace(5.0, 9.0, 60), *np.linspace(0.5, 2.0, 60)]
+    scene.calibration_classes = [0] * 60 + [1] * 60
+    rows = [Row(png(0), 4.0, predicted=0), Row(png(1), 5.5, predicted=0)]
+    scene.shards = {"a": [*rows, Row(png(2), 1.0, predicted=1), Row(png(3), 0.1, predicted=1)]}
+    assert chosen(scene.run(per="class")) == set(ids(png(1), png(2)))
+    per_class = scene.manifest.facts["promise"]["per_class"]
+    assert [each["value"] for each in per_class] == pytest.approx([5.0, 0.5])
+
+
+def test_too_few_calibration_images_of_a_class_are_refused_with_what_to_do(scene):
+    scene.calibration_classes = [0] * 50 + [1] * 10
+    scene.shards = {"a": [Row(png(0), 4.0)]}
+    with pytest.raises(DataError, match="too few calibration images for this promise") as caught:
+        scene.run(per="class")
+    assert caught.value.where == "selection.per"
+    assert "59 calibration positives of each predicted class, got 50 of class 0, 10 of class 1" in caught.value.got
+
+
+def test_what_is_discarded_holds_few_positives(scene):
+    # 300 lake images far below every calibration positive, 20 among them.
+    rows = [Row(png(k), score=-30.0 - k / 100) for k in range(300)]
+    rows += [Row(png(1000 + k), score=1.0 + k / 4) for k in range(20)]
+    scene.calibration = list(np.linspace(0.5, 6.0, 200))
+    scene.shards = {"a": rows[:150], "b": rows[150:]}
+    table = scene.run(rule="fdr_discard", fdr=0.05)
+    assert chosen(table) == set(ids(*(png(1000 + k) for k in range(20))))
+
+
+# -- near copies of each other -----------------------------------------------------------------------------
+
+
+def test_of_two_near_copies_the_better_stays(scene):
+    scene.shards = {"a": [Row(png(0), 1.0), Row(brighter(png(0)), 2.0), Row(png(1), 1.0)]}
+    assert chosen(scene.run()) == set(ids(brighter(png(0)), png(1)))
+    assert scene.left_out == dict(zip(ids(png(0)), ["near_duplicate"], strict=True))
+    assert len(scene.run(duplicates="exact")) == 3
 
 
 # -- one row per content -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pu_ray.lake import fixed_list, to_matrix
 from pu_ray.ledger import ShardEntry
 from pu_ray.progress import Silent
 from pu_ray.pu import risk, scorers, training
-from pu_ray.pu.fit import draw_unlabeled
+from pu_ray.pu.sample import draw_unlabeled
 from pu_ray.pu.training import ROLES, Streams, assign_roles, fit_scorer
 from pu_ray.storage import Storage
 
@@ -252,6 +252,93 @@ def test_scores_are_those_of_eval_mode_whatever_the_batch():
     scores = training.scores_of(module.train(), inputs)
     assert scores.shape == (2500,)
     np.testing.assert_allclose(scores, module[0](inputs).detach().numpy()[:, 0], rtol=1e-5, atol=1e-6)
+
+
+# -- leaving out what looks positive -----------------------------------------------------------------------
+
+
+def test_ted_leaves_out_as_many_as_the_prior_says_and_those_that_look_most_positive():
+    streams, _ = gaussian_streams(prior=0.3, unlabeled=4000, positives=400)
+    module = fitted(streams).module
+    out = training.most_positive(module, streams).numpy()
+    scores = training.scores_of(module, streams.unlabeled_train)
+    assert out.mean() == pytest.approx(0.3, abs=0.06)
+    assert scores[out].min() >= scores[~out].max()
+
+
+def test_what_is_left_out_is_not_trained_on_and_the_choice_is_made_anew_each_epoch():
+    streams = Streams(numbered(0, 7), numbered(0, 5), numbered(0, 5), numbered(100, 24), numbered(200, 5))
+    module, calls = Recorder(), []
+
+    def leave_out(network):
+        assert network is module
+        calls.append(len(module.batches))
+        network.eval()  # as whoever computes scores does
+        return torch.arange(24) >= 12 if len(calls) == 1 else torch.arange(24) < 12
+
+    config = ScorerConfig(batch_size=8, positive_share=0.25, epochs=2)
+    fit_scorer(module, streams, risk.positive_versus_unlabeled, config, 0, Silent(), leave_out=leave_out)
+    assert calls == [0, 2]
+    for epoch, first in ((0, 100), (1, 112)):
+        seen = [number for batch in module.batches[2 * epoch : 2 * epoch + 2] for number in batch[2:]]
+        assert sorted(seen) == list(range(first, first + 12))
+
+
+def test_leaving_out_mends_a_ranking_that_took_hidden_positives_for_negatives():
+    streams, truth = gaussian_streams(prior=0.5, unlabeled=2000, positives=300, seed=3)
+    ranking = fitted(streams).module
+    before = roc_auc_score(truth, training.scores_of(ranking, streams.unlabeled_validate))
+    config = ScorerConfig(kind="ted", batch_size=128, epochs=6, optimizer=OptimizerConfig(lr=0.01))
+    result = fit_scorer(
+        ranking,
+        streams,
+        scorers.objective(config, 0.5),
+        config,
+        0,
+        Silent(),
+        leave_out=lambda head: training.most_positive(head, streams),
+    )
+    after = roc_auc_score(truth, training.scores_of(result.module, streams.unlabeled_validate))
+    assert after > before - 0.005
+    # Positives among the unlabeled are no longer pushed below zero.
+    assert np.mean(training.scores_of(result.module, streams.unlabeled_validate)[truth] > 0) > 0.8
+
+
+# -- going on from a checkpoint ----------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """The machine went away."""
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_fit_that_goes_on_ends_where_an_undisturbed_one_does(stop_after):
+    streams, _ = gaussian_streams()
+    config = ScorerConfig(kind="pvu", batch_size=128, epochs=5, optimizer=OptimizerConfig(lr=0.01))
+    kept = []
+
+    def head():
+        torch.manual_seed(0)
+        new = scorers.Head(WIDTH, attention=True, hidden=8)
+        new.standardise_like(streams.unlabeled_train)
+        return new
+
+    def stop(state, checkpoint):
+        if state.epoch == stop_after:
+            kept.append(checkpoint())
+            raise Interrupted
+
+    def fit(module, **options):
+        return fit_scorer(module, streams, risk.positive_versus_unlabeled, config, 0, Silent(), **options)
+
+    undisturbed = fit(head())
+    with pytest.raises(Interrupted):
+        fit(head(), report=stop)
+    torch.manual_seed(99)
+    resumed = fit(scorers.Head(WIDTH, attention=True, hidden=8), checkpoint=kept[0])
+    assert resumed.curve == undisturbed.curve
+    for name, value in undisturbed.module.state_dict().items():
+        assert torch.equal(resumed.module.state_dict()[name], value), name
 
 
 # -- the sample of the lake --------------------------------------------------------------------------------

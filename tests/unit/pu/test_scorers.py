@@ -91,6 +91,27 @@ def test_the_standardisation_travels_with_the_weights():
     assert not any(name in ("mean", "std") for name, _ in head.named_parameters())
 
 
+# -- the nearest labeled image -----------------------------------------------------------------------------
+
+
+def test_the_nearest_is_found_by_cosine_in_standardised_space():
+    generator = np.random.default_rng(0)
+    reference, unlabeled, rows = (generator.normal(3, 2, size=(n, 6)).astype(np.float32) for n in (5, 50, 7))
+    unlabeled[:, 5] = 4.0  # a constant feature
+    reference[:, 5] = rows[:, 5] = 4.0
+    cosines = scorers.Neighbours(torch.from_numpy(reference), torch.from_numpy(unlabeled))(torch.from_numpy(rows))
+    mean, std = unlabeled.mean(axis=0), np.maximum(unlabeled.std(axis=0, ddof=1), 1e-4)
+    a, b = (rows - mean) / std, (reference - mean) / std
+    by_hand = (a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(cosines.numpy(), by_hand.max(axis=1), atol=1e-5)
+
+
+def test_a_reference_image_is_its_own_nearest():
+    generator = torch.Generator().manual_seed(0)
+    reference, unlabeled = torch.randn(4, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    torch.testing.assert_close(scorers.Neighbours(reference, unlabeled)(reference), torch.ones(4))
+
+
 # -- objectives --------------------------------------------------------------------------------------------
 
 POSITIVE, UNLABELED = torch.tensor([0.3, 1.2]), torch.tensor([-0.4, 0.1, 0.9])
@@ -139,6 +160,39 @@ def test_a_finetuned_scorer_starts_from_the_teacher_and_may_be_trained(job):
     assert without == ["network.tapped.network.head.weight", "network.tapped.network.head.bias"]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "size_px"),
+    [
+        ("torchvision/resnet18", 32),
+        ("torchvision/mobilenet_v3_small", 64),
+        ("torchvision/efficientnet_b0", 64),
+        ("torchvision/convnext_tiny", 64),
+        ("torchvision/regnet_y_400mf", 64),
+        ("torchvision/densenet121", 64),
+        ("torchvision/swin_t", 64),
+        ("timm/test_vit", 160),
+        ("timm/test_efficientnet", 64),
+    ],
+)
+def test_a_teacher_of_any_family_is_fine_tuned_from_head_to_stem(job, tmp_path, architecture, size_px):
+    torch.manual_seed(0)
+    preprocessing = job.teacher.preprocessing.model_copy(update={"size_px": size_px})
+    settings = job.teacher.model_copy(update={"architecture": architecture, "preprocessing": preprocessing})
+    (tmp_path / "teacher.safetensors").write_bytes(models.save_weights(models.build(settings, 3, 3)))
+    scorer = scorers.new_finetuned(job.model_copy(update={"teacher": settings})).train()
+    assert isinstance(scorer.network.head.attention, Attention)
+    logits = scorer(models.example_pixels(preprocessing, images=4))
+    assert logits.shape == (4,)
+    (logits * torch.tensor([1.0, -1.0, 2.0, -2.0])).sum().backward()
+    gradients = {name: value.grad for name, value in scorer.named_parameters() if value.grad is not None}
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    for part in ("network.head.", "network.tapped.network."):
+        assert any(name.startswith(part) and gradient.abs().max() > 0 for name, gradient in gradients.items())
+    # The stem is as far from the score as anything is.
+    stem = next(name for name, value in scorer.network.tapped.network.named_parameters() if value.ndim == 4)
+    assert gradients[f"network.tapped.network.{stem}"].abs().max() > 0
+
+
 def test_training_the_scorer_never_moves_the_teacher_beside_it(job):
     scorer = scorers.new_finetuned(job)
     both = scorers.with_teacher(scorer, job)
@@ -152,18 +206,20 @@ def test_training_the_scorer_never_moves_the_teacher_beside_it(job):
         optimizer.zero_grad()
         both(pixels)[0].mean().backward()
         optimizer.step()
-    scores, logits = both.eval()(pixels)
+    scores, logits, _ = both.eval()(pixels)
     assert not torch.allclose(scores, before)
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
 
 
-def test_both_answers_come_from_one_call(job):
+def test_all_answers_come_from_one_call(job):
     scorer = scorers.new_finetuned(job).eval()
     both = scorers.with_teacher(scorer, job).eval()
     pixels = models.example_pixels(job.teacher.preprocessing, images=3)
-    scores, logits = both(pixels)
+    scores, logits, features = both(pixels)
     assert scores.shape == (3,)
     assert logits.shape == (3, 3)
+    teacher, _ = models.load_teacher(job.teacher)
+    torch.testing.assert_close(features, models.Normalised(teacher, job.teacher.preprocessing)(pixels)[0])
     torch.testing.assert_close(scores, scorer(pixels))
 
 
