@@ -9,8 +9,9 @@ BENCH_STAMP := .venv-bench/.installed
 NAME ?= quickstart
 # Workers import torch in every process: without bytecode that costs 10 s each instead of 3.5.
 unexport PYTHONDONTWRITEBYTECODE
+export SCALE
 
-.PHONY: help install quickstart test test-all fmt lint types imports check bench clean
+.PHONY: help install quickstart test test-all fmt lint types imports check bench fashion-mnist clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -61,8 +62,11 @@ $(BENCH_STAMP): $(STAMP)
 	@$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv-bench/requirements.txt
 	@touch $@
 
-bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) ## Measure NAME=quickstart (default) or NAME=mining ARGS="--help" anew and print its table
+bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) ## Measure NAME=quickstart (default), mining or quality (SCALE=small) anew, ARGS="--help"; print its table
 	@$(if $(filter mining,$(NAME)),$(BENCH_BIN),$(BIN))/python -m tests.benchmarks.$(NAME) $(ARGS)
+
+fashion-mnist: ## Install Debian's package with the images of the quality benchmark (else torchvision downloads them)
+	apt-get install -y -q dataset-fashion-mnist
 
 clean: ## Remove the demo and its runs, keep .venv
 	@rm -rf demo runs
