@@ -70,7 +70,9 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
             "leaks_removed": selected.counts["leak"] + selected.counts["near_leak"],
             "leaks_exact": selected.counts["leak"],
             "leaks_near": selected.counts["near_leak"],
-            "recall_promise": {name: promise[name] for name in ("recall", "confidence")} if "recall" in promise else None,
+            "recall_promise": {name: promise[name] for name in ("recall", "confidence")}
+            if "recall" in promise
+            else None,
             "discard_promise": {"positives_share": promise["rate"]} if "rate" in promise else None,
             "threshold": selected.facts["threshold"],
         }

@@ -362,7 +362,9 @@ def _discard_cut(
     for part in _scored(scores, progress):
         counts += threshold.count_between(calibration, part[schema.SCORE].to_numpy())
     found = threshold.discard_threshold(calibration, counts, settings.fdr)
-    return np.full(classes, found.value), asdict(found)
+    # Where nothing can be discarded there is no threshold; JSON has no minus infinity.
+    value = None if math.isinf(found.value) else found.value
+    return np.full(classes, found.value), asdict(found) | {"value": value}
 
 
 def _recall_cut(

@@ -384,6 +384,13 @@ def test_what_is_discarded_holds_few_positives(scene):
     assert chosen(table) == set(ids(*(png(1000 + k) for k in range(20))))
 
 
+def test_where_nothing_can_be_discarded_all_stay_and_the_manifest_says_so(scene):
+    scene.shards = {"a": [Row(png(k), score=3.0) for k in range(5)]}
+    assert len(scene.run(rule="fdr_discard", fdr=0.05)) == 5
+    promise = scene.manifest.facts["promise"]
+    assert (promise["value"], promise["discarded"], scene.manifest.facts["threshold"]) == (None, 0, None)
+
+
 # -- near copies of each other -----------------------------------------------------------------------------
 
 
