@@ -330,8 +330,8 @@ def _open_onnx(job: JobConfig, graph: bytes) -> Callable[[torch.Tensor], Any]:
     from pu_ray import engine
 
     torch.set_num_threads(1)
-    head = engine.OnnxEngine(f"{job.output}/scorer/scorer.onnx")
-    scorer = engine.Scorer(engine.OnnxEngine(graph), head)
+    head, neighbours = (engine.OnnxEngine(f"{job.output}/scorer/{name}.onnx") for name in ("scorer", "neighbours"))
+    scorer = engine.Scorer(engine.OnnxEngine(graph), head, neighbours)
     # Our graph takes pixels as they are decoded, with the channels last.
     return lambda pixels_NCHW: scorer.run(pixels_NCHW.permute(0, 2, 3, 1).contiguous().numpy())
 
