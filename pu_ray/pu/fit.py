@@ -34,8 +34,9 @@ from pu_ray.pu.prior import Prior, pooled_prior
 from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, fit_scorer, scores_of, streams_of
 from pu_ray.storage import Storage
 
-# The order of preference among equals: the simplest first.
-_CANDIDATES = ("pvu", "ted", "nnpu")
+# The first is taken unless another is clearly better: differences of proxy AUCs are mostly noise (docs/LOG.md).
+_CANDIDATES = ("ted", "pvu", "nnpu")
+_CLEARLY = 2.0  # standard errors
 _BOOTSTRAP_RESAMPLES = 200
 
 
@@ -183,7 +184,7 @@ def _ranking_head(settings: ScorerConfig, streams: Streams, seed: int, progress:
 def _best_head(
     config: JobConfig, streams: Streams, prior: Prior, progress: Progress
 ) -> tuple[str, Fitted, dict[str, float]]:
-    """The head of the configured kind, or of `auto` the kind that ranks held-out positives highest.
+    """The head of the configured kind; of `auto` (TED)^n, unless another ranks held-out positives clearly higher.
 
     Returns:
         Its kind, the head, and the proxy AUC of every kind that was tried.
@@ -206,8 +207,28 @@ def _best_head(
             progress,
             leave_out=(lambda head: training.most_positive(head, streams)) if kind == "ted" else None,
         )
-    best = max(fitted, key=lambda kind: fitted[kind].proxy_auc)
+    best, *others = fitted
+    for kind in others:
+        if _clearly_better(fitted[kind].module, fitted[best].module, streams):
+            best = kind
     return best, fitted[best], {kind: each.proxy_auc for kind, each in fitted.items()}
+
+
+def _clearly_better(one: nn.Module, other: nn.Module, streams: Streams) -> bool:
+    """Whether the proxy AUC of one exceeds the other's by twice the standard error of their difference.
+
+    A proxy AUC is the mean over held-out positives of the share of the lake below each, so the difference is a mean of
+    pairs (DeLong et al. 1988, without the lake's own part, which is small beside that of few positives).
+    """
+    shares = []
+    for module in (one, other):
+        positive = scores_of(module, streams.positive_validate)
+        unlabeled = np.sort(scores_of(module, streams.unlabeled_validate))
+        below, up_to = (np.searchsorted(unlabeled, positive, side=side) for side in ("left", "right"))
+        shares.append((below + up_to) / (2 * len(unlabeled)))
+    difference = shares[0] - shares[1]
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    return bool(difference.mean() > _CLEARLY * error)
 
 
 def _finetune(
@@ -237,17 +258,23 @@ def _prior(config: JobConfig, positive: Tensor, unlabeled: Tensor, progress: Pro
         value = float(settings.prior)
         return Prior(value, value, value, 1.0, is_upper_bound=False), "given"
     head = settings if settings.features == "frozen" else ScorerConfig(attention=settings.attention)
+    folds = settings.prior_folds
     generator = torch.Generator().manual_seed(config.seed)
-    fold = torch.randperm(len(positive), generator=generator) % settings.prior_folds
-    half = len(unlabeled) // 2
+    fold, lake_fold = (torch.randperm(len(part), generator=generator) % folds for part in (positive, unlabeled))
     scores = []
-    for number in range(settings.prior_folds):
-        # Each half of the sample is held out in turn, so that the folds do not share one half's luck.
-        learn, hold = (unlabeled[:half], unlabeled[half:])[:: 1 if number % 2 == 0 else -1]
-        held, chooses_epoch = positive[fold == number], fold == (number + 1) % settings.prior_folds
-        streams = Streams(positive[(fold != number) & ~chooses_epoch], positive[chooses_epoch], held[:0], learn, hold)
+    for number in range(folds):
+        # No image is held out twice, or the interval would count it as two; another fold chooses the epoch.
+        judges = (number + 1) % folds
+        learns, learns_lake = (~torch.isin(of, torch.tensor([number, judges])) for of in (fold, lake_fold))
+        streams = Streams(
+            positive[learns],
+            positive[fold == judges],
+            positive[:0],
+            unlabeled[learns_lake],
+            unlabeled[lake_fold == judges],
+        )
         module = _ranking_head(head, streams, config.seed, progress).module
-        scores.append((scores_of(module, held), scores_of(module, hold)))
+        scores.append((scores_of(module, positive[fold == number]), scores_of(module, unlabeled[lake_fold == number])))
     return pooled_prior(scores, resamples=_BOOTSTRAP_RESAMPLES, seed=config.seed), "estimated"
 
 
