@@ -196,8 +196,8 @@ class ScorerConfig(_Section):
     kind: Literal["auto", "nnpu", "ted", "pvu"] = Field(
         default="auto",
         description="nnpu: non-negative PU risk (Kiryo et al. 2017); ted: (TED)^n, unlabeled images that look most "
-        "positive are left out (Garg et al. 2021); pvu: logistic positive-vs-unlabeled; auto: ted, unless another ranks "
-        "held-out positives clearly higher above the lake (finetuned: nnpu).",
+        "positive are left out (Garg et al. 2021); pvu: logistic positive-vs-unlabeled; auto: ted, unless another "
+        "ranks held-out positives clearly higher above the lake (finetuned: nnpu).",
     )
     features: Literal["frozen", "finetuned"] = Field(
         default="frozen", description="frozen: a head on cached features; finetuned: the whole network (the paper)."
