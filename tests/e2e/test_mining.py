@@ -150,6 +150,7 @@ def test_new_shards_cost_their_own_work_and_no_more(task: Path, tmp_path: Path) 
     assert (tmp_path / "run/run/scorer/manifest.json").read_bytes() != scorer
 
 
+@pytest.mark.slow
 def test_the_papers_scorer_is_trained_by_two_workers_and_looks_at_every_image(
     task: Path, cached: Path, tmp_path: Path
 ) -> None:
