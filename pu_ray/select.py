@@ -76,6 +76,7 @@ _RANKED_BY = {
     "energy": schema.ENERGY,
     "neighbours": schema.NEIGHBOUR,
 }
+_BLIND_RULES = ("random", "everything", "oracle")  # look at nothing that a network said
 _PREFERRED_BY = {"purest": schema.SCORE, "uncertain": schema.ENTROPY}
 
 
@@ -117,7 +118,13 @@ def _spread_keys(candidates: pa.Table, features: Storage, budget: int, seed: int
 
 
 def _candidates(
-    scores: Storage, settings: SelectionConfig, cut_K: Any, seed: int, known: Mapping[bytes, str], progress: Progress
+    scores: Storage,
+    settings: SelectionConfig,
+    cut_K: Any,
+    seed: int,
+    known: Mapping[bytes, str],
+    only: set[bytes] | None,
+    progress: Progress,
 ) -> tuple[pa.Table, dict[bytes, str]]:
     """Usable rows that pass, one per content, with what is maximised in column `key`.
 
@@ -129,6 +136,7 @@ def _candidates(
         cut_K: Least score of each predicted class, float [K].
         seed: Of what is random.
         known: Contents that must not be mined, with the reason.
+        only: Contents that may be chosen; None for all. Asked before anything is forgotten for the budget's sake.
         progress: Advanced by rows.
 
     Returns:
@@ -139,6 +147,8 @@ def _candidates(
     met: dict[bytes, str] = {}
     held = 0
     for table in _usable(scores, settings, cut_K, progress):
+        if only is not None:
+            table = table.filter(pa.array([s in only for s in table[schema.SAMPLE_ID].to_pylist()], pa.bool_()))
         samples = table[schema.SAMPLE_ID].to_pylist()
         met.update((sample, known[sample]) for sample in samples if sample in known)
         table = table.filter(pa.array([sample not in known for sample in samples], pa.bool_()))
@@ -154,7 +164,7 @@ def _candidates(
 
 def _usable(scores: Storage, settings: SelectionConfig, cut_K: Any, progress: Progress) -> Iterator[pa.Table]:
     # What the cascade's gate rejected is no candidate, except for controls that look at nothing.
-    blind = settings.rule in ("random", "everything", "oracle")
+    blind = settings.rule in _BLIND_RULES
     for table in _scored(scores, progress):
         predicted, score = table[schema.PREDICTED].to_numpy(), table[schema.SCORE].to_numpy()
         passes = (predicted != schema.NO_CLASS) & (score >= cut_K[predicted])
@@ -183,7 +193,8 @@ def _distinct(table: pa.Table) -> pa.Table:
 def _best(table: pa.Table, settings: SelectionConfig, budget: int) -> pa.Table:
     """At most `budget` rows, the best by key, with or without class quotas; ties fall by content."""
     ranked = table.sort_by([(_KEY, "descending"), (schema.SAMPLE_ID, "ascending")])
-    if settings.balance == "none" or settings.rule in ("random", "everything"):
+    # What the gate rejected has no class to balance by.
+    if settings.balance == "none" or settings.rule in _BLIND_RULES:
         return ranked.slice(0, budget)
     predicted = ranked[schema.PREDICTED].to_numpy()
     quota = balance.quotas(np.bincount(predicted), budget)
@@ -255,9 +266,9 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     cut_K, promise = _cut(settings, scorer, scores, len(classes), progress)
     labeled = scorer.read_table("labeled.parquet", [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_pylist()
     evaluation = lake.read_labeled(config.test.uri, classes)
-    candidates, why_not = _candidates(scores, settings, cut_K, config.seed, _known(labeled, evaluation), progress)
-    if settings.rule == "oracle":
-        candidates = _true_positives(candidates, config)
+    only = _true_positives(config) if settings.rule == "oracle" else None
+    known = _known(labeled, evaluation)
+    candidates, why_not = _candidates(scores, settings, cut_K, config.seed, known, only, progress)
     passed = candidates.num_rows + len(why_not)
     miniatures = images.thumbnails(evaluation.pixels(config.teacher.preprocessing, config.test.uri))
     thumbnails = storage.child("features") if config.features.cache else scores
@@ -320,14 +331,12 @@ def _without(table: pa.Table, contents: set[bytes]) -> pa.Table:
     )
 
 
-def _true_positives(candidates: pa.Table, config: JobConfig) -> pa.Table:
+def _true_positives(config: JobConfig) -> set[bytes]:
     """What nobody but a benchmark can choose."""
     assert config.lake.truth is not None
     folder, name = Storage(config.lake.truth).split()
     table = folder.read_table(name)
-    positive = set(table.filter(pc.greater_equal(table[schema.CLASS], 0))[schema.SAMPLE_ID].to_pylist())
-    members = [sample in positive for sample in candidates[schema.SAMPLE_ID].to_pylist()]
-    return candidates.filter(pa.array(members, pa.bool_()))
+    return set(table.filter(pc.greater_equal(table[schema.CLASS], 0))[schema.SAMPLE_ID].to_pylist())
 
 
 def _cut(

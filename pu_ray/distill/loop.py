@@ -95,7 +95,7 @@ def train(
     images, soft_K, counts_K = _class_statistics(teacher, batches, classes, device)
     steps = total_steps(settings, images)
     # Channels last is the layout of tensor cores, and takes a third off the step on a CPU too (docs/LOG.md).
-    student = student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # it takes both
+    student = student.to(device).to(memory_format=torch.channels_last)
     wrapped: nn.Module = DistributedDataParallel(student) if workers.count() > 1 else student
     optimizer, schedule = optim.build(student.parameters(), settings.optimizer, steps)
     adversary = Adversary(settings.losses, soft_K, counts_K, seed)

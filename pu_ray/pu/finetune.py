@@ -6,8 +6,6 @@ the artifact's folder.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from pu_ray import lake, models
@@ -40,18 +38,14 @@ class _Counting:
         """Nothing is listed."""
 
 
-def draw(config: JobConfig, storage: Storage, labeled: set[bytes]) -> Any:
-    """The unlabeled sample of a fine-tuned scorer; the same on every worker."""
-    return sample.draw_unlabeled(storage.child("features"), config.scorer.unlabeled_sample, config.seed, labeled)
-
-
 def train(config: JobConfig, storage: Storage, prior: float, worker: Worker) -> None:
     """Train one worker's share and, on rank 0, keep the result."""
     torch.manual_seed(config.seed)
     _, classes = models.load_teacher(config.teacher)
     labeled = lake.read_labeled(config.labeled.uri, classes)
     roles = training.assign_roles(labeled.ids, labeled.labels, config.scorer.split, config.seed)
-    rows = draw(config, storage, set(labeled.ids))
+    features = storage.child("features")
+    rows = sample.draw_unlabeled(features, config.scorer.unlabeled_sample, config.seed, exclude=set(labeled.ids))
     half = rows.num_rows // 2
     # Halves first, then shares: what is held out stays held out, however many workers there are.
     learn, hold = (

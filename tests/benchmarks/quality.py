@@ -177,18 +177,6 @@ class Chooser:
         """Where a fit's artifacts are."""
         return self.work / f"{self.labeled}-{self.seed}-{name}"
 
-    @functools.cache  # noqa: B019  # it lives as long as the benchmark
-    def fitted(self, name: str) -> tuple[Any, Any, Any]:
-        """The job, the sources of its identities and the identities, once features, fit and scores are there."""
-        from pu_ray.pipeline import Pipeline, Sources, identities
-        from pu_ray.progress import Narrator
-
-        job = job_of(self.data, self.folder(name), self.labeled, self.seed, JOBS[name])
-        sources = Sources(job)
-        for verb in ("features", "fit", "score"):
-            Pipeline(job, Narrator(quiet=True), contextlib.nullcontext).run_verb(verb)
-        return job, sources, identities(job, sources)
-
     def choose(self, name: str, budget: int | None) -> tuple[list[bytes], dict[str, Any]]:
         """Contents that a row chooses, and what is known about them."""
         from pu_ray import manifest, select
@@ -198,7 +186,7 @@ class Chooser:
 
         row = ROWS[name]
         assert row.job is not None
-        job, sources, known = self.fitted(row.job)
+        job, sources, known = _fitted(self, row.job)
         changes = {"budget": None if row.own_size else budget, **(row.selection or {})}
         selection = type(job.selection)(**(job.selection.model_dump() | changes))
         chosen_job = job.model_copy(update={"selection": selection})
@@ -243,6 +231,19 @@ class Chooser:
                 "auroc": float(roc_auc_score(positive, values)),
             }
         return found | {"true_prior": quality["true_prior"]}
+
+
+@functools.cache
+def _fitted(chooser: Chooser, name: str) -> tuple[Any, Any, Any]:
+    """The job, the sources of its identities and the identities, once features, fit and scores are there."""
+    from pu_ray.pipeline import Pipeline, Sources, identities
+    from pu_ray.progress import Narrator
+
+    job = job_of(chooser.data, chooser.folder(name), chooser.labeled, chooser.seed, JOBS[name])
+    sources = Sources(job)
+    for verb in ("features", "fit", "score"):
+        Pipeline(job, Narrator(quiet=True), contextlib.nullcontext).run_verb(verb)
+    return job, sources, identities(job, sources)
 
 
 @functools.cache

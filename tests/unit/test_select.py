@@ -325,6 +325,19 @@ def test_the_oracle_takes_the_true_positives_whatever_their_scores(scene):
     assert len(chosen(scene.run(rule="oracle", budget=2))) == 2
 
 
+def test_the_oracle_fills_its_budget_however_early_others_are_forgotten(scene, monkeypatch):
+    scene.shards = {f"{k}": [Row(png(8 * k + j), score=1.0) for j in range(8)] for k in range(5)}
+    scene.truth = {png(k): 0 if k >= 35 else -1 for k in range(40)}
+    monkeypatch.setattr(select, "_PRUNE_AT", 0)
+    assert chosen(scene.run(rule="oracle", budget=5)) == set(ids(*(png(k) for k in range(35, 40))))
+
+
+def test_the_oracle_may_choose_what_the_gate_rejected(scene):
+    scene.shards = {"a": [Row(png(k), score=1.0) for k in range(4)] + [rejected_by_the_gate(png(7))]}
+    scene.truth = {png(k): 0 if k in (2, 7) else -1 for k in (0, 1, 2, 3, 7)}
+    assert chosen(scene.run(rule="oracle", budget=2)) == set(ids(png(2), png(7)))
+
+
 def test_among_those_that_pass_the_least_certain_may_be_preferred(scene):
     scene.shards = {"a": [Row(png(k), score=1.0 + k, entropy=2.0 - k / 5) for k in range(8)]}
     scene.shards["a"].append(Row(png(50), score=-9.0, entropy=9.0))
