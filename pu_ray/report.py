@@ -70,6 +70,7 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
             "leaks_removed": selected.counts["leak"] + selected.counts["near_leak"],
             "leaks_exact": selected.counts["leak"],
             "leaks_near": selected.counts["near_leak"],
+            "near_duplicates": selected.counts["near_duplicate"],
             "recall_promise": {name: promise[name] for name in ("recall", "confidence")}
             if "recall" in promise
             else None,

@@ -288,6 +288,17 @@ def test_a_run_interrupted_while_it_redoes_an_early_stage_can_be_reported(tmp_pa
     assert summarise(config)["verdict"].startswith("unfinished")
 
 
+def test_near_copies_are_counted_and_another_promise_is_told_in_its_own_words(tmp_path, no_plots):
+    config = make(tmp_path, "materialise")
+    assert "near copies of better images3" in Page(render(config)).text.replace("\n", "")
+    discards = {"value": 0.1, "rate": 0.05, "calibration": 60, "rank": 1, "lake": 40, "discarded": 20}
+    target = Storage(config.output).child("selection")
+    publish(target, "select", counts=COUNTS["select"], facts={**FACTS["select"], "promise": discards})
+    summary = summarise(config)
+    assert (summary["recall_promise"], summary["discard_promise"]) == (None, {"positives_share": 0.05})
+    assert "at most 5 % are positives" in Page(render(config)).text
+
+
 def test_a_cascade_reports_what_it_saved_and_what_it_lost(tmp_path, no_plots):
     config = make(tmp_path, "materialise")
     storage = Storage(config.output)
