@@ -407,11 +407,17 @@ class WriteResources(_Section):
     memory_gib: PositiveFloat = Field(default=0.25, description="Logical memory reserved for each task.")
 
 
+Precision = Literal["auto", "bfloat16", "float32"]
+
+
 class TrainResources(_Section):
-    """One distillation worker."""
+    """One training worker."""
 
     gpus: NonNegativeFloat = 0.0
     cpus: PositiveFloat = 1.0
+    precision: Precision = Field(
+        default="auto", description="Of the matrix products; auto: bfloat16 where the device has it natively."
+    )
 
 
 class ResourcesConfig(_Section):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pu_ray.config import TrainResources
+from pu_ray.config import Precision, TrainResources
 from pu_ray.errors import ClusterError, PuRayError
 from pu_ray.progress import Progress
 from pu_ray.storage import Storage, storage_for_ray
@@ -36,6 +36,7 @@ class Worker:
         rank: Which worker this is, from 0.
         world: How many there are.
         device: Where to compute.
+        precision: Of the matrix products.
         checkpoint: Bytes of the last checkpoint, to go on from.
         report: Called by every worker equally often, with figures and, lazily, the bytes of a checkpoint.
         count_images: Called with the number of images that all workers together have just seen.
@@ -44,15 +45,16 @@ class Worker:
     rank: int
     world: int
     device: torch.device
+    precision: Precision
     checkpoint: bytes | None
     report: Callable[[dict[str, float], Callable[[], bytes]], None]
     count_images: Callable[[int], None]
 
 
-def alone(progress: Progress) -> Worker:
+def alone(progress: Progress, precision: Precision = "auto") -> Worker:
     """A single worker in this process, without Ray and without checkpoints."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Worker(0, 1, device, None, lambda _figures, _checkpoint: None, progress.advance)
+    return Worker(0, 1, device, precision, None, lambda _figures, _checkpoint: None, progress.advance)
 
 
 class _Counter:
@@ -97,6 +99,7 @@ def _work(arguments: dict[str, Any]) -> None:
             rank=context.get_world_rank(),
             world=context.get_world_size(),
             device=ray.train.torch.get_device(),
+            precision=arguments["precision"],
             checkpoint=saved,
             report=_report,
             count_images=lambda images: counter.add.remote(images) if first else None,
@@ -142,7 +145,12 @@ def run(
         demand["GPU"] = resources.gpus
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"loop": loop, "counter": counter, "threads": max(1, int(resources.cpus))},
+        train_loop_config={
+            "loop": loop,
+            "counter": counter,
+            "threads": max(1, int(resources.cpus)),
+            "precision": resources.precision,
+        },
         scaling_config=ray.train.ScalingConfig(
             # Ray Train V2 takes (fewest, most); the annotation is still the older one's.
             num_workers=workers,  # type: ignore[arg-type]

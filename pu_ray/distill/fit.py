@@ -68,6 +68,7 @@ def _train(config: JobConfig, storage: Storage, worker: Worker) -> None:
         classes=len(classes),
         seed=config.seed,
         device=worker.device,
+        precision=worker.precision,
         checkpoint=worker.checkpoint,
         report=lambda state, content: worker.report(
             {"step": state.step, "validation_accuracy": state.history[-1]["validation_accuracy"]}, content
@@ -84,7 +85,7 @@ def _train(config: JobConfig, storage: Storage, worker: Worker) -> None:
 
 def train_locally(config: JobConfig, storage: Storage, progress: Progress) -> None:
     """The same training in this process, on one device, without Ray and without checkpoints."""
-    _train(config, storage, ray_train.alone(progress))
+    _train(config, storage, ray_train.alone(progress, config.resources.train.precision))
 
 
 # -- the stage ---------------------------------------------------------------------------------------------

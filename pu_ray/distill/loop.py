@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pu_ray import balance, models, optim, workers
-from pu_ray.config import DistillConfig, LossesConfig, PreprocessingConfig
+from pu_ray.config import DistillConfig, LossesConfig, Precision, PreprocessingConfig
 from pu_ray.distill import losses, robust
 from pu_ray.distill.data import Batches
+from pu_ray.precision import autocast
 
 _RUNNING_DECAY = 0.9
 _EVALUATION_BATCH = 512
@@ -68,6 +69,7 @@ def train(
     classes: int,
     seed: int,
     device: torch.device,
+    precision: Precision,
     checkpoint: bytes | None,
     report: Report,
     count_images: Callable[[int], None],
@@ -84,6 +86,7 @@ def train(
         classes: K.
         seed: Of the paper's perturbation.
         device: Where to train.
+        precision: Of the matrix products.
         checkpoint: Bytes of an earlier checkpoint, to go on from.
         report: Called after every validation, by every worker equally often.
         count_images: Called after every step with the number of images of all workers.
@@ -108,7 +111,7 @@ def train(
     while state.step < steps:
         wrapped.train()
         pixels = torch.from_numpy(batches.at(state.step)).to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device, precision):
             with torch.no_grad():
                 # The same crop for both networks: a good teacher is consistent (Beyer et al. 2022).
                 teacher_NK = teacher(pixels)[1].float()

@@ -66,6 +66,7 @@ def train(config: JobConfig, storage: Storage, prior: float, worker: Worker) -> 
         config.seed,
         _Counting(worker),
         leave_out=(lambda network: training.most_positive(network, streams)) if settings.kind == "ted" else None,
+        precision=worker.precision,
         checkpoint=worker.checkpoint,
         report=lambda state, content: worker.report(
             {"epoch": state.epoch, "proxy_auc": state.curve[-1]["proxy_auc"]}, content

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pu_ray import optim, workers
-from pu_ray.config import ScorerConfig, SplitConfig
+from pu_ray.config import Precision, ScorerConfig, SplitConfig
+from pu_ray.precision import autocast
 from pu_ray.progress import Progress
 from pu_ray.pu import scorers
 from pu_ray.pu.prior import estimate_prior
@@ -119,6 +120,7 @@ def fit_scorer(
     progress: Progress,
     *,
     leave_out: Callable[[nn.Module], Tensor] | None = None,
+    precision: Precision = "float32",
     checkpoint: bytes | None = None,
     report: Report = lambda _state, _bytes: None,
 ) -> Fitted:
@@ -134,6 +136,7 @@ def fit_scorer(
         seed: Of the order of the images.
         progress: Advanced by unlabeled images.
         leave_out: Before each epoch, which unlabeled training images it does without, bool [N]; see `most_positive`.
+        precision: Of the matrix products; a head on features is too small to gain from less than float32.
         checkpoint: Bytes of an earlier checkpoint, to go on from.
         report: Called after every epoch.
     """
@@ -162,7 +165,8 @@ def fit_scorer(
             ]
             unlabeled = streams.unlabeled_train[order[step * unlabeled_per_step :][:unlabeled_per_step]]
             # One forward pass for both streams: batch norm must see the mixture, not tell the streams apart.
-            logits = wrapped(torch.cat([positive, unlabeled]).to(device))
+            with autocast(device, precision):
+                logits = wrapped(torch.cat([positive, unlabeled]).to(device)).float()
             current = objective(logits[:positives_per_step], logits[positives_per_step:])
             optimizer.zero_grad(set_to_none=True)
             current.objective.backward()  # type: ignore[no-untyped-call]

@@ -353,6 +353,7 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
         classes=len(classes),
         seed=seed,
         device=torch.device("cpu"),
+        precision=job.resources.train.precision,
         checkpoint=None,
         report=lambda _state, _bytes: None,
         count_images=lambda _images: None,
