@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster import preflight
-from pu_ray.config import JobConfig, NetworkConfig
+from pu_ray.config import JobConfig, NetworkConfig, PreprocessingConfig
 from pu_ray.errors import ConfigError, DataError, PuRayError
 from pu_ray.storage import Storage
 
@@ -194,7 +194,10 @@ def make(config: JobConfig, prices: Prices) -> Plan:
     except PuRayError as error:
         refusals.append(error)
     try:
-        gflop = [gflop_per_image(config, network) for network in (config.teacher, config.student)]
+        gflop = [
+            gflop_per_image(config.teacher, config.teacher.preprocessing),
+            gflop_per_image(config.student, config.student_preprocessing),
+        ]
     except PuRayError as error:
         refusals.append(error)
     stages: tuple[StagePlan, ...] = ()
@@ -244,7 +247,7 @@ def measure_lake(config: JobConfig) -> LakeSize:
     )
 
 
-def gflop_per_image(config: JobConfig, network: NetworkConfig) -> float:
+def gflop_per_image(network: NetworkConfig, preprocessing: PreprocessingConfig) -> float:
     """Operations of one forward pass in 1e9, two per multiply-add, counted without computing them.
 
     Raises:
@@ -255,10 +258,10 @@ def gflop_per_image(config: JobConfig, network: NetworkConfig) -> float:
 
     from pu_ray import models
 
-    shape = config.teacher.preprocessing
+    side, channels = preprocessing.size_px, preprocessing.channels
     with torch.device("meta"):
-        module = models.build(network, _TEACHER_CLASSES, shape.channels).eval()
-        image = torch.empty(1, shape.channels, shape.size_px, shape.size_px)
+        module = models.build(network, _TEACHER_CLASSES, channels).eval()
+        image = torch.empty(1, channels, side, side)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(image)
     return float(counter.get_total_flops()) / 1e9

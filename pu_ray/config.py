@@ -65,9 +65,17 @@ class PreprocessingConfig(_Section):
 
 
 class NetworkConfig(_Section):
-    """A network by name: `cifar/resnet8-w16`, `torchvision/resnet18`, `timm/resnet34`, or a bare torchvision name."""
+    """A network by name: `cifar/resnet8-w16`, `torchvision/resnet18`, `timm/resnet34`, or a bare torchvision name.
 
-    architecture: str = Field(min_length=1)
+    Or of your own: `my_nets.tiny:build` imports that module and calls `build(num_classes=..., in_chans=..., **options)`
+    for a `torch.nn.Module`. That code runs wherever the job runs, because the job's author names it; weights never do.
+    """
+
+    architecture: str = Field(
+        min_length=1,
+        description="cifar/resnet{depth}-w{width} with depth 6n+2, 18 or 34; torchvision/NAME; timm/NAME; or "
+        "module:function. A change inside the function is not seen: give it another name or option.",
+    )
     options: dict[str, int | float | bool | str] = Field(
         default_factory=dict, description="Keyword arguments of the network's factory."
     )
@@ -81,6 +89,14 @@ class TeacherConfig(NetworkConfig):
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     stages: tuple[str, ...] | None = Field(
         default=None, description="Module names whose pooled outputs are the multi-scale features; default: found."
+    )
+
+
+class StudentConfig(NetworkConfig):
+    """The network that learns, and what is exported and served."""
+
+    preprocessing: PreprocessingConfig | None = Field(
+        default=None, description="Where the student takes other images than the teacher; default: the teacher's."
     )
 
 
@@ -292,9 +308,25 @@ class SelectionConfig(_Section):
 
 
 class LossesConfig(_Section):
-    """The distillation loss (METHOD: robust knowledge distillation)."""
+    """The distillation loss: the class-weighted divergence from the teacher, and what is added to it by weight."""
 
     temperature: PositiveFloat = 4.0
+    standardise: bool = Field(
+        default=False,
+        description="Every image's logits are standardised before the softmax (Sun et al. 2024): the student need not "
+        "match the teacher's scale.",
+    )
+    dist: NonNegativeFloat = Field(
+        default=0.0, description="Weight of DIST: correlation within images and within classes (Huang et al. 2022)."
+    )
+    noise_matrix: NonNegativeFloat = Field(
+        default=0.0,
+        description="Weight of the cross entropy with the teacher's answers behind a learned matrix of its mistakes "
+        "(DFND, Chen et al. 2021).",
+    )
+    labeled: NonNegativeFloat = Field(
+        default=0.0, description="Weight of the cross entropy with the true classes of the labeled images."
+    )
     robust: Literal["exact", "paper", "none"] = Field(
         default="exact", description="Adversary over class weights: exact maximum, the paper's random one, or none."
     )
@@ -308,8 +340,19 @@ class LossesConfig(_Section):
 class AugmentConfig(_Section):
     """Random crops and flips during distillation; teacher and student see the same crop."""
 
-    crop_padding_px: Annotated[int, Field(ge=0)] = 4
+    crop_padding_px: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="Small images: a crop of the full size, moved by at most so much."
+    )
+    crop_scale: tuple[OpenShare, Share] | None = Field(
+        default=None, description="Photographs: instead, resized crops that cover between these shares of the image."
+    )
     horizontal_flip: bool = True
+
+    @model_validator(mode="after")
+    def _scale_in_order(self) -> Self:
+        if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale must be [smallest, largest], got {list(self.crop_scale)}")
+        return self
 
 
 class DistillConfig(_Section):
@@ -326,9 +369,27 @@ class DistillConfig(_Section):
         default="auto", description="Share of labeled images in each batch; auto: sampled evenly."
     )
     augment: AugmentConfig = AugmentConfig()
+    soft_labels: Literal["loop", "cached"] = Field(
+        default="loop",
+        description="loop: the teacher sees every batch; cached: its answers for stored crops are computed once.",
+    )
+    crops: PositiveInt = Field(default=8, description="soft_labels cached: stored crops of each image.")
+    images: Literal["auto", "decoded", "encoded"] = Field(
+        default="auto",
+        description="What a worker keeps on its disk: pixels, decoded once, or encoded images, decoded in every epoch; "
+        "auto: pixels where they need at most a tenth of what is free.",
+    )
+    loader_threads: PositiveInt = Field(default=1, description="Threads of a worker that prepare batches ahead.")
+    accumulate: PositiveInt = Field(default=1, description="Parts into which a worker's batch is cut, to save memory.")
+    compile: bool = Field(default=False, description="torch.compile the student: minutes at start, faster afterwards.")
     optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", lr=0.1, weight_decay=5e-4, schedule="one_cycle")
     validations: PositiveInt = Field(default=10, description="How often held-out labeled images judge the student.")
-    max_failures: Annotated[int, Field(ge=0)] = Field(default=3, description="Worker losses survived by a restart.")
+    checkpoint_steps: PositiveInt = Field(
+        default=500, description="Steps between two checkpoints, and the most that a lost machine takes along."
+    )
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="Worker losses survived by a restart; machines that were announced to go do not count."
+    )
 
     @model_validator(mode="after")
     def _workers_in_order(self) -> Self:
@@ -346,7 +407,11 @@ class GateConfig(_Section):
     """What a student must reach, else exit 5 and no export."""
 
     max_gap_to_teacher: NonNegativeFloat | None = Field(
-        default=None, description="Percentage points of test accuracy; default: no gate."
+        default=None, description="Percentage points of test accuracy; default: no such bound."
+    )
+    min_accuracy: Share | None = Field(default=None, description="Of the test images; default: no such bound.")
+    max_calibration_error: Share | None = Field(
+        default=None, description="Mean gap between confidence and accuracy; default: no such bound."
     )
 
 
@@ -358,20 +423,50 @@ class EvaluationConfig(_Section):
         default=(), description="Students to train beside ours, with equal budget and the same recipe."
     )
     batch_size: PositiveInt = 256
+    metadata: str | None = Field(
+        default=None,
+        description="URI of a .parquet or .csv with what is known of each test image; its column `name` holds paths "
+        "below test.uri.",
+    )
+    slices: tuple[str, ...] = Field(
+        default=(), description="Columns of `metadata`; accuracy is also told for each of their values."
+    )
+
+    @model_validator(mode="after")
+    def _slices_have_a_source(self) -> Self:
+        if (self.metadata is None) != (not self.slices):
+            raise ValueError(
+                f"metadata and slices belong together, got metadata {self.metadata!r} and slices {list(self.slices)}"
+            )
+        if len(set(self.slices)) < len(self.slices):
+            raise ValueError(f"every column is sliced by once, got {list(self.slices)}")
+        if self.metadata is not None and not self.metadata.lower().endswith((".parquet", ".csv")):
+            raise ValueError(f"metadata must be a .parquet or a .csv, got {self.metadata!r}")
+        return self
 
 
 class ExportConfig(_Section):
     """The portable student; each format must agree with the checkpoint, else there is no artifact."""
 
-    formats: tuple[Literal["safetensors", "pt2", "onnx"], ...] = ("safetensors", "pt2", "onnx")
+    formats: tuple[Literal["safetensors", "pt2", "onnx", "onnx-int8"], ...] = Field(
+        default=("safetensors", "pt2", "onnx", "onnx-int8"),
+        description="onnx-int8: the ONNX graph in eight bits, calibrated on mined images.",
+    )
     opset: Annotated[int, Field(ge=18, le=24)] = 20
     max_logit_difference: PositiveFloat = Field(default=1e-3, description="Absolute, over real images.")
     min_agreement: OpenShare = Field(default=0.999, description="Share of real images with the same answer.")
+    min_int8_agreement: OpenShare = Field(default=0.97, description="The same, for onnx-int8.")
+    max_int8_accuracy_drop: NonNegativeFloat = Field(
+        default=2.0,
+        description="Percentage points that onnx-int8 may lose on the labeled images of validation and calibration.",
+    )
 
     @model_validator(mode="after")
     def _weights_are_there(self) -> Self:
         if "safetensors" not in self.formats:
             raise ValueError(f"formats must hold 'safetensors', the weights themselves, got {list(self.formats)}")
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError(f"every format is written once, got {list(self.formats)}")
         return self
 
 
@@ -420,6 +515,13 @@ class TrainResources(_Section):
     )
 
 
+class TrackingConfig(_Section):
+    """Where learning curves go besides the run's folder, which always has them for TensorBoard."""
+
+    mlflow_uri: str | None = Field(default=None, description="An MLflow tracking server or folder.")
+    experiment: str = Field(default="pu-ray", min_length=1, description="The MLflow experiment.")
+
+
 class ResourcesConfig(_Section):
     """What the stages ask of the cluster."""
 
@@ -443,11 +545,12 @@ class JobConfig(_Section):
     features: FeaturesConfig = FeaturesConfig()
     scorer: ScorerConfig = ScorerConfig()
     selection: SelectionConfig = SelectionConfig()
-    student: NetworkConfig
+    student: StudentConfig
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _cascade_fits_the_scorer(self) -> Self:
@@ -469,6 +572,11 @@ class JobConfig(_Section):
         if self.selection.prefer == "spread" and not self.features.cache:
             raise ValueError("selection.prefer 'spread' looks at features, which features.cache false does not keep")
         return self
+
+    @property
+    def student_preprocessing(self) -> PreprocessingConfig:
+        """How images become the student's input."""
+        return self.student.preprocessing or self.teacher.preprocessing
 
     def section(self, dotted: str) -> Any:
         """The value at a dotted path as plain JSON data, for example `"teacher.preprocessing"`."""

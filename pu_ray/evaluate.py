@@ -1,151 +1,161 @@
 """Stage `evaluate`: the one look at the test images, by teacher and student alike.
 
-Accuracies carry Wilson intervals; where the truth of the lake is known, so do precision and recall of what was mined.
-The quality gate stands here: a student that fails it is kept for study, but neither exported nor served. Writes
-`evaluation/`: answers.parquet (one row per test image).
+Accuracies carry Wilson intervals, overall, for each class and for each value of `evaluation.slices`; beside them stand
+the commonest mistakes and what an answer costs. Where the truth of the lake is known, so do precision and recall of
+what was mined. The quality gate stands here: a student that fails it is kept for study, but neither exported nor
+served. Writes `evaluation/`: answers.parquet (one row per test image).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from scipy import stats
 from torch import nn
 
-from pu_ray import gate, lake, ledger, manifest, models, schema
-from pu_ray.config import JobConfig
+from pu_ray import cost, gate, lake, ledger, manifest, models, schema, slices
+from pu_ray.config import JobConfig, PreprocessingConfig
 from pu_ray.errors import DataError
+from pu_ray.lake import LabeledImages
 from pu_ray.manifest import Manifest, Publication
+from pu_ray.measures import (
+    among_the_best,
+    confusion_pairs,
+    expected_calibration_error,
+    mining_quality,
+    share_of,
+)
 from pu_ray.progress import Progress
 from pu_ray.storage import Storage
 
 FOLDER = "evaluation"
-_CALIBRATION_BINS = 15
-
-
-# -- pure functions ----------------------------------------------------------------------------------------
+_TOP = 5
 
 
 @dataclass(frozen=True)
-class Rate:
-    """A share with its 95 % Wilson interval; all in [0, 1]."""
+class Answers:
+    """What one network says of N test images.
 
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def wilson(hits: int, n: int, confidence: float = 0.95) -> Rate:
-    """Wilson's score interval of a binomial share (Wilson 1927).
-
-    Raises:
-        ValueError: n is not positive, or hits lie outside 0..n.
+    Attributes:
+        predicted: Class int64 [N].
+        confidence: Its probability float64 [N].
+        right: Whether it is the true one, bool [N].
+        among_five: Whether the true one is among the five most probable, bool [N].
     """
-    if n < 1 or not 0 <= hits <= n:
-        raise ValueError(f"need 0 <= hits <= n and n >= 1, got {hits} of {n}")
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
-    share = hits / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Rate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+
+    predicted: Any
+    confidence: Any
+    right: Any
+    among_five: Any
 
 
-def expected_calibration_error(confidence_N: Any, right_N: Any) -> float:
-    """Mean gap between confidence and accuracy over 15 equal bins, weighted by their size (Guo et al. 2017)."""
-    confidence, right = np.asarray(confidence_N), np.asarray(right_N, float)
-    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
-    error = 0.0
-    for index in np.unique(bins):
-        inside = bins == index
-        error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    return float(error)
-
-
-def mining_quality(
-    selected: set[bytes], truth: Mapping[bytes, int], lake_ids: set[bytes], excluded: set[bytes]
-) -> dict[str, Any]:
-    """Precision and recall of the selection, where the lake's truth is known.
-
-    Args:
-        selected: Chosen contents.
-        truth: Class of each content; -1 for none of the teacher's classes.
-        lake_ids: Usable contents of the lake.
-        excluded: Contents that may not be mined (labeled, leaks); they count on neither side.
-    """
-    positives = {sample for sample in lake_ids if truth.get(sample, -1) >= 0} - excluded
-    hits = len(selected & positives)
-    return {
-        "mined_precision": asdict(wilson(hits, len(selected))),
-        "mined_recall": asdict(wilson(hits, len(positives))) if positives else None,
-        "true_prior": len({s for s in lake_ids if truth.get(s, -1) >= 0}) / max(len(lake_ids), 1),
-    }
-
-
-# -- the stage ---------------------------------------------------------------------------------------------
-
-
-def _answers(network: nn.Module, pixels: Any, config: JobConfig) -> tuple[Any, Any]:
-    """Predicted class int64 [N] and its probability float64 [N]."""
+def _answers(network: nn.Module, test: LabeledImages, preprocessing: PreprocessingConfig, config: JobConfig) -> Answers:
+    pixels = test.pixels(preprocessing, config.test.uri)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    normalised = models.Normalised(network, config.teacher.preprocessing).eval().to(device)
+    normalised = models.Normalised(network, preprocessing).eval().to(device)
     parts = []
     with torch.inference_mode():
         for start in range(0, len(pixels), config.evaluation.batch_size):
             batch = torch.from_numpy(pixels[start : start + config.evaluation.batch_size]).to(device)
             parts.append(torch.softmax(normalised(batch).double(), dim=1).cpu())
+    network.cpu()
     probabilities = torch.cat(parts)
-    confidence, predicted = probabilities.max(dim=1)
-    return predicted.numpy(), confidence.numpy()
+    confidence, predicted = (values.numpy() for values in probabilities.max(dim=1))
+    return Answers(
+        predicted, confidence, predicted == test.labels, among_the_best(probabilities.numpy(), test.labels, _TOP)
+    )
+
+
+def _facts_of(name: str, answers: Answers, labels_N: Any, classes: list[str]) -> dict[str, Any]:
+    """Accuracy and calibration of one network."""
+    facts: dict[str, Any] = {
+        f"{name}_accuracy": share_of(answers.right),
+        f"{name}_calibration_error": expected_calibration_error(answers.confidence, answers.right),
+        f"{name}_accuracy_per_class": {classes[k]: share_of(answers.right[labels_N == k]) for k in np.unique(labels_N)},
+    }
+    if len(classes) > _TOP:
+        facts[f"{name}_top5_accuracy"] = share_of(answers.among_five)
+    return facts
+
+
+def _cost_of(network: nn.Module, preprocessing: PreprocessingConfig, weights_bytes: int) -> dict[str, Any]:
+    """Parameters, multiply-adds and milliseconds of one image on a CPU, and bytes of the weights.
+
+    The latency is that of torch without a compiler on one thread of this machine: a fact about the two networks beside
+    each other, not about a server.
+    """
+    side = preprocessing.size_px
+    example = torch.zeros(1, preprocessing.channels, side, side)
+
+    def run() -> None:
+        with torch.inference_mode():
+            network(example)
+
+    return {
+        "parameters": models.parameter_count(network),
+        "multiply_adds": cost.multiply_adds(network, example),
+        "weights_bytes": weights_bytes,
+        "cpu_latency_ms": cost.latency_ms(run),
+    }
 
 
 def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity: str, progress: Progress) -> Manifest:
     """Evaluate, publish, and then judge.
 
     Raises:
-        DataError: The test images cannot be used.
+        ConfigError: The metadata has no column of this name.
+        DataError: The test images or their metadata cannot be used.
     """
     publication = Publication("evaluate", identity, inputs, config.seed)
     distilled = manifest.require(storage.child("student"), "distill")
-    teacher, classes = models.load_teacher(config.teacher)
+    loaded, classes = models.load_teacher(config.teacher)
     test = lake.read_labeled(config.test.uri, classes)
-    pixels = test.pixels(config.teacher.preprocessing, config.test.uri)
+    known: slices.Values = {}
+    if config.evaluation.metadata is not None:
+        known = slices.read(config.evaluation.metadata, config.evaluation.slices, test.names)
     progress.start(2 * len(test), "images")
-    facts: dict[str, Any] = {}
+    teacher = loaded.tapped.network
+    student = models.load_student(config, storage.child("student"), len(classes))
+    sizes = {file.path: file.size_bytes for file in storage.child("student").list_files()}
+    networks = {
+        "teacher": (teacher, config.teacher.preprocessing, 4 * models.parameter_count(teacher)),
+        "student": (student, config.student_preprocessing, sizes["model.safetensors"]),
+    }
+    facts: dict[str, Any] = {"cost": {}}
     columns: dict[str, Any] = {
         schema.SAMPLE_ID: pa.array(test.ids, schema.SAMPLE_ID_TYPE),
         schema.NAME: pa.array(test.names),
         schema.CLASS: pa.array(test.labels.astype(np.int32)),
     }
-    networks = {
-        "teacher": teacher.tapped.network,
-        "student": models.load_student(config, storage.child("student"), len(classes)),
-    }
-    right = {}
-    for name, network in networks.items():
-        predicted, confidence = _answers(network, pixels, config)
-        right[name] = predicted == test.labels
-        facts[f"{name}_accuracy"] = asdict(wilson(int(right[name].sum()), len(test)))
-        facts[f"{name}_calibration_error"] = expected_calibration_error(confidence, right[name])
-        columns[f"{name}_predicted"] = pa.array(predicted.astype(np.int32))
-        columns[f"{name}_confidence"] = pa.array(confidence.astype(np.float32))
+    said: dict[str, Answers] = {}
+    for name, (network, preprocessing, weights_bytes) in networks.items():
+        said[name] = answers = _answers(network, test, preprocessing, config)
+        facts |= _facts_of(name, answers, test.labels, classes)
+        facts["cost"][name] = _cost_of(network, preprocessing, weights_bytes)
+        columns[f"{name}_predicted"] = pa.array(answers.predicted.astype(np.int32))
+        columns[f"{name}_confidence"] = pa.array(answers.confidence.astype(np.float32))
         progress.advance(len(test))
-    gap = 100 * (right["teacher"].mean() - right["student"].mean())
-    per_class = {
-        classes[k]: asdict(wilson(int(right["student"][test.labels == k].sum()), int((test.labels == k).sum())))
-        for k in np.unique(test.labels)
-    }
+    # Of whole numbers, so that a gap of exactly the bound is not above it by a rounding.
+    gap = 100 * int(said["teacher"].right.sum() - said["student"].right.sum()) / len(test)
+    agreement = share_of(said["teacher"].predicted == said["student"].predicted)
     facts |= {
-        "gap_to_teacher": float(gap),
-        "agreement": float((columns["teacher_predicted"].to_numpy() == columns["student_predicted"].to_numpy()).mean()),
-        "student_accuracy_per_class": per_class,
-        "gate": gate.verdict(float(gap), config.evaluation.gate.max_gap_to_teacher),
+        "gap_to_teacher": gap,
+        "agreement": agreement["value"],
+        "agreement_interval": agreement,
+        "confusion_pairs": confusion_pairs(
+            test.labels, said["student"].predicted, said["teacher"].predicted, classes, test.names
+        ),
+        "slices": slices.accuracies(known, {name: answers.right for name, answers in said.items()}),
+        "gate": gate.verdict(
+            config.evaluation.gate,
+            gap=gap,
+            accuracy=facts["student_accuracy"]["value"],
+            calibration_error=facts["student_calibration_error"],
+        ),
     }
     if config.lake.truth is not None:
         facts |= _against_truth(config.lake.truth, storage)

@@ -784,6 +784,19 @@ class LabeledImages:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __add__(self, other: LabeledImages) -> LabeledImages:
+        labels = np.concatenate([self.labels, other.labels])
+        return LabeledImages(self.ids + other.ids, self.names + other.names, labels, self.encoded + other.encoded)
+
+    def rows(self, rows: Sequence[int]) -> LabeledImages:
+        """Some of them."""
+        return LabeledImages(
+            [self.ids[row] for row in rows],
+            [self.names[row] for row in rows],
+            self.labels[list(rows)],
+            [self.encoded[row] for row in rows],
+        )
+
     def pixels(self, preprocessing: PreprocessingConfig, where: str) -> Any:
         """All images decoded, uint8 [N, H, W, C].
 

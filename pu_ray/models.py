@@ -5,11 +5,15 @@ Axes: N images, C channels, H, W; D feature width, the sum of the stages' channe
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import io
 import itertools
+import os
 import re
+import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,17 +27,33 @@ from pu_ray.storage import Storage
 
 # -- CIFAR-style residual networks -------------------------------------------------------------------------
 
-# Blocks per stage. Three stages: He et al. 2016, section 4.2 (6n+2 layers); four: the ImageNet nets with a 3x3 stem.
-_CIFAR_BLOCKS: Mapping[int, tuple[int, ...]] = {
-    8: (1, 1, 1),
-    14: (2, 2, 2),
-    20: (3, 3, 3),
-    32: (5, 5, 5),
-    56: (9, 9, 9),
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-}
+# Blocks per stage of the ImageNet nets with a 3x3 stem; all other depths have three stages.
+_FOUR_STAGES: Mapping[int, tuple[int, ...]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 _CIFAR_NAME = re.compile(r"cifar/resnet(?P<depth>\d+)-w(?P<width>\d+)")
+
+
+def _is_depth(depth: int) -> bool:
+    """6n+2 layers: a stem, three stages of n blocks with two convolutions each, and the linear layer."""
+    return depth in _FOUR_STAGES or (depth >= 8 and depth % 6 == 2)
+
+
+def _blocks(depth: int) -> tuple[int, ...]:
+    """Blocks per stage.
+
+    Raises:
+        ConfigError: There is no such network; names the depths next to it.
+    """
+    if not _is_depth(depth):
+        below = next((near for near in range(depth - 1, 0, -1) if _is_depth(near)), None)
+        above = next(near for near in itertools.count(depth + 1) if _is_depth(near))
+        raise ConfigError(
+            "there is no residual network of this depth",
+            where="architecture",
+            allowed="6n+2 (8, 14, 20, 26, 32, ...) with three stages; 18 and 34 with four",
+            got=str(depth),
+            hint=f"take {above}" if below is None else f"take {below} or {above}",
+        )
+    return _FOUR_STAGES.get(depth) or ((depth - 2) // 6,) * 3
 
 
 class _BasicBlock(nn.Module):
@@ -59,20 +79,25 @@ class CifarResNet(nn.Module):
     """Residual network for small images: a 3x3 stem without pooling, channels doubling per stage.
 
     Args:
-        depth: 8, 14, 20, 32 or 56 (three stages), 18 or 34 (four stages).
+        depth: Weighted layers: 6n+2 with three stages (He et al. 2016, section 4.2), 18 or 34 with four.
         width: Channels of the first stage.
         classes: Number of logits.
         in_channels: 1 or 3.
+
+    Raises:
+        ConfigError: There is no network of this depth or width.
     """
 
     def __init__(self, depth: int, width: int, classes: int, in_channels: int = 3) -> None:
         super().__init__()
+        if width < 1:
+            raise ConfigError("a network needs channels", where="architecture", allowed="w1 and wider", got=f"w{width}")
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
         channels = width
         self.stage_names = []
-        for index, blocks in enumerate(_CIFAR_BLOCKS[depth]):
+        for index, blocks in enumerate(_blocks(depth)):
             out_channels = width * 2**index
             layers: OrderedDict[str, nn.Module] = OrderedDict()
             for block in range(blocks):
@@ -94,54 +119,203 @@ class CifarResNet(nn.Module):
 # -- factory -----------------------------------------------------------------------------------------------
 
 
+_FORMS = "cifar/resnet{depth}-w{width}, torchvision/NAME, timm/NAME, or module:function of your own"
+_OWN_FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
+
+
 def build(network: NetworkConfig, classes: int, in_channels: int) -> nn.Module:
     """A freshly initialised network.
 
     Args:
-        network: `cifar/resnet{depth}-w{width}`, `torchvision/{name}`, `timm/{name}`; a bare name is torchvision's.
+        network: `cifar/resnet{depth}-w{width}`, `torchvision/{name}`, `timm/{name}` (a bare name is torchvision's), or
+            `module:function`, called as `function(num_classes=..., in_chans=..., **options)`. The latter imports that
+            module, from where Python finds modules or from the current directory: code that the job's author names
+            runs, as himself; weights never do.
         classes: Number of logits.
         in_channels: 1 or 3; torchvision's networks take 3 only.
 
     Raises:
-        ConfigError: Unknown name, or options the factory refuses.
+        ConfigError: Unknown name, options the factory refuses, a factory that cannot be imported or gives no network.
     """
-    name = network.architecture
+    name, options = network.architecture, dict(network.options)
+    if name.startswith("cifar/"):
+        return _built(name, options, lambda: _cifar(name, classes, in_channels, options))
+    if name.startswith("timm/"):
+        return _timm(name, classes, in_channels, options)
+    if ":" in name:
+        return _own(name, classes, in_channels, options)
+    return _torchvision(name, classes, in_channels, options)
+
+
+def _built(name: str, options: Mapping[str, Any], make: Callable[[], Any]) -> nn.Module:
+    """What a factory makes, or why it refuses."""
     try:
-        if match := _CIFAR_NAME.fullmatch(name):
-            depth, width = int(match["depth"]), int(match["width"])
-            if depth in _CIFAR_BLOCKS and width > 0:
-                return CifarResNet(depth, width, classes, in_channels, **cast(Any, network.options))
-        elif name.startswith("timm/"):
-            import timm
-
-            if timm.is_model(name.removeprefix("timm/")):
-                options: dict[str, Any] = {"num_classes": classes, "in_chans": in_channels, **network.options}
-                return timm.create_model(name.removeprefix("timm/"), pretrained=False, **options)
-        else:
-            from torchvision import models as torchvision_models
-
-            plain = name.removeprefix("torchvision/")
-            if plain in torchvision_models.list_models(module=torchvision_models):
-                if in_channels != 3:
-                    raise ConfigError(
-                        "torchvision's networks take colour images",
-                        where="preprocessing.channels",
-                        allowed="3",
-                        got=str(in_channels),
-                        hint="set channels to 3 (grey images are repeated), or use a timm/ or cifar/ network",
-                    )
-                options = {"num_classes": classes, "weights": None, **network.options}
-                return cast(nn.Module, torchvision_models.get_model(plain, **options))
-    except TypeError as error:
+        return cast(nn.Module, make())
+    except ConfigError:
+        raise
+    except Exception as error:  # every library has its own ways to refuse an option
         raise ConfigError(
-            "the network refuses these options", where=name, got=str(dict(network.options)), hint=str(error)
+            f"{name} cannot be built with these options",
+            where="options",
+            got=str(dict(options)),
+            hint=_in_short(error),
         ) from error
-    raise ConfigError(
-        "unknown network",
-        where="architecture",
-        allowed=f"cifar/resnet{{{','.join(map(str, sorted(_CIFAR_BLOCKS)))}}}-w{{width}}, torchvision/NAME, timm/NAME",
-        got=name,
-    )
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _unknown(name: str, *, hint: str | None = None) -> ConfigError:
+    return ConfigError("unknown network", where="architecture", allowed=_FORMS, got=name, hint=hint)
+
+
+def _like(plain: str, known: Sequence[str], prefix: str) -> str | None:
+    """What a name may have been meant to be."""
+    close = difflib.get_close_matches(plain, known, n=3)
+    return f"did you mean {' or '.join(prefix + name for name in close)}?" if close else None
+
+
+def _cifar(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    match = _CIFAR_NAME.fullmatch(name)
+    if match is None:
+        raise _unknown(name, hint="for example cifar/resnet20-w16")
+    return CifarResNet(int(match["depth"]), int(match["width"]), classes, in_channels, **cast(Any, options))
+
+
+def _timm(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    import timm
+
+    plain = name.removeprefix("timm/")
+    if not timm.is_model(plain):
+        raise _unknown(name, hint=_like(plain, timm.list_models(), "timm/"))
+    wanted: dict[str, Any] = {"num_classes": classes, "in_chans": in_channels, **options}
+    return _built(name, options, lambda: timm.create_model(plain, pretrained=False, **wanted))
+
+
+def _torchvision(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    from torchvision import models as torchvision_models
+
+    plain, prefix = name.removeprefix("torchvision/"), "torchvision/" if name.startswith("torchvision/") else ""
+    known = torchvision_models.list_models(module=torchvision_models)
+    if plain not in known:
+        if plain in torchvision_models.list_models():
+            task = torchvision_models.get_model_builder(plain).__module__.split(".")[2]
+            inside = max((each for each in known if each in plain), key=len, default=None)
+            raise ConfigError(
+                f"this is one of torchvision's networks for {task}",
+                where="architecture",
+                allowed="networks that classify images: one vector of logits for each",
+                got=name,
+                hint=f"did you mean {prefix}{inside}?" if inside else None,
+            )
+        import timm
+
+        elsewhere = f"did you mean timm/{plain}?" if timm.is_model(plain) else None
+        raise _unknown(name, hint=elsewhere or _like(plain, known, prefix))
+    if in_channels != 3:
+        raise ConfigError(
+            "torchvision's networks take colour images",
+            where="preprocessing.channels",
+            allowed="3",
+            got=str(in_channels),
+            hint="set channels to 3 (grey images are repeated), or use a timm/ or cifar/ network",
+        )
+    wanted: dict[str, Any] = {"num_classes": classes, "weights": None, **options}
+    return _built(name, options, lambda: torchvision_models.get_model(plain, **wanted))
+
+
+def _own(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
+    match = _OWN_FACTORY.fullmatch(name)
+    if match is None:
+        raise ConfigError(
+            "this is not the name of a function in a module",
+            where="architecture",
+            allowed="module:function, for example my_nets.tiny:build",
+            got=name,
+            hint="write the module as in an import: dots between folders, no .py",
+        )
+    module = _imported(match["module"], name)
+    factory = getattr(module, match["function"], None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        close = difflib.get_close_matches(match["function"], known, n=1)
+        raise ConfigError(
+            "the module has no such function",
+            where="architecture",
+            allowed=", ".join(sorted(known)) or f"nothing: {match['module']} has no functions",
+            got=name,
+            hint=f"did you mean {match['module']}:{close[0]}?" if close else None,
+        )
+
+    def make() -> Any:
+        return factory(num_classes=classes, in_chans=in_channels, **options)
+
+    made = _built(name, options, make)
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            "the factory gives no network",
+            where="architecture",
+            allowed=f"{name} returns a torch.nn.Module",
+            got=type(made).__name__,
+        )
+    return made
+
+
+def _imported(module: str, name: str) -> Any:
+    """A module of the user's own.
+
+    Ray's workers look for modules in the driver's current directory too; the `pu-ray` command alone would not.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):
+            raise ConfigError(
+                "there is no such module",
+                where="architecture",
+                allowed="a module that is installed, on PYTHONPATH, or in the current directory",
+                got=name,
+                hint=f"no {missing} here in {here}; workers on other machines must find it too: install it there",
+            ) from error
+        raise ConfigError(
+            "the module cannot be imported",
+            where="architecture",
+            allowed=f"import {module} works",
+            got=_in_short(error),
+        ) from error
+
+
+def require_logits(network: nn.Module, preprocessing: PreprocessingConfig, classes: int) -> None:
+    """Have the network classify two black images; it is left in eval mode.
+
+    Raises:
+        ConfigError: It refuses images of this shape, or gives anything else than one logit per class and image.
+    """
+    side, channels = preprocessing.size_px, preprocessing.channels
+    try:
+        with torch.inference_mode():
+            output = network.eval()(torch.zeros(2, channels, side, side))
+    except Exception as error:  # whatever a network raises for images that are not its size
+        raise ConfigError(
+            "the network refuses such images",
+            where="preprocessing",
+            allowed="a size and channels that the network takes",
+            got=f"{side} x {side} pixels, channels: {channels}",
+            hint=_in_short(error),
+        ) from error
+    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if found != [2, classes]:
+        raise ConfigError(
+            "the network gives no logits for these classes",
+            where="architecture",
+            allowed=f"one tensor, {[2, classes]} for two images of {classes} classes",
+            got=str(found),
+        )
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -574,13 +748,18 @@ def load_teacher(teacher: TeacherConfig) -> tuple[Teacher, list[str]]:
 
 def load_student(config: JobConfig, folder: Storage, classes: int) -> nn.Module:
     """The distilled student, in eval mode, from a folder with `model.safetensors`."""
-    student = build(config.student, classes, config.teacher.preprocessing.channels)
+    student = build(config.student, classes, config.student_preprocessing.channels)
     load_weights(student, f"{folder.uri}/model.safetensors")
     return student.eval()
 
 
 class Normalised(nn.Module):
-    """Puts normalisation in front of a network, so that uint8 pixels travel and the device does the arithmetic."""
+    """Puts normalisation in front of a network, so that uint8 pixels travel and the device does the arithmetic.
+
+    Images of another size or of other channels than the network's are made to fit, so that a teacher and a student with
+    inputs of their own see the same crop. It is the whole image that is resized, to a square: `resize_px` belongs to
+    decoding. Images that fit pass as they are; a graph made from such has no other operations than the normalisation.
+    """
 
     mean: Tensor
     scale: Tensor
@@ -593,13 +772,40 @@ class Normalised(nn.Module):
         self.register_buffer("scale", 1 / (torch.tensor(preprocessing.std).view(1, -1, 1, 1) * 255))
 
     def forward(self, pixels_NHWC: Tensor) -> Any:
-        """The network's outputs for uint8 [N, H, W, C]."""
+        """The network's outputs for uint8 [N, H, W, C], C being 1 or 3."""
         # On a GPU the pixels' own layout is what channels_last kernels want. On a CPU explicitly NCHW in memory: with
         # the permuted layout torch 2.15 corrupts its heap in the backward pass of narrow convolutions on one thread
         # (docs/LOG.md).
         layout = torch.channels_last if pixels_NHWC.is_cuda else torch.contiguous_format
         x_NCHW = pixels_NHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+        if pixels_NHWC.shape[1:] != self.preprocessing.shape_hwc:
+            x_NCHW = fitted(x_NCHW, self.preprocessing).contiguous(memory_format=layout)
         return self.network((x_NCHW - self.mean) * self.scale)
+
+
+def fitted(x_NCHW: Tensor, preprocessing: PreprocessingConfig) -> Tensor:
+    """Pixels at the size and with the channels of a network's input, as Pillow would give them.
+
+    Grey becomes colour by repetition, colour grey by ITU-R 601 luma, in the same integers as Pillow. The size changes
+    with Pillow's filters, which widen when they shrink; Pillow's fixed-point arithmetic may round to a neighbour.
+
+    Args:
+        x_NCHW: Float32 of whole numbers in [0, 255]; C is 1 or 3.
+        preprocessing: Of the network.
+    """
+    side, channels = preprocessing.size_px, preprocessing.channels
+    assert {x_NCHW.shape[1], channels} <= {1, 3}
+    # Grey is interpolated once, not three times.
+    if channels < x_NCHW.shape[1]:
+        red, green, blue = x_NCHW[:, 0:1], x_NCHW[:, 1:2], x_NCHW[:, 2:3]
+        # Every sum is below 2^24, so float32 has it exactly.
+        x_NCHW = torch.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
+    # One axis after the other, so that what overshoots at an edge is cut off between them.
+    for size in ((x_NCHW.shape[2], side), (side, side)):
+        if x_NCHW.shape[2:] != size:
+            x_NCHW = functional.interpolate(x_NCHW, size, mode=preprocessing.interpolation, antialias=True)
+            x_NCHW = torch.floor(x_NCHW + 0.5).clamp(0, 255)  # halves go up, as in Pillow
+    return x_NCHW.repeat(1, channels // x_NCHW.shape[1], 1, 1)
 
 
 def example_pixels(preprocessing: PreprocessingConfig, images: int = 2, seed: int = 0) -> Tensor:

@@ -43,7 +43,7 @@ class Step:
         sections: Dotted parts of the configuration it reads.
         needs_ray: Whether `run` needs a running Ray.
         needs_ray_if: A dotted setting and the value with which it needs one all the same.
-        only_if: Dotted setting without which the step does not exist.
+        only_if: Dotted setting and the value without which the step does not exist.
         growing: Steps it reads whose result may grow with the lake without outdating its own: `lake_base` tells.
     """
 
@@ -57,7 +57,7 @@ class Step:
     needs_ray: bool = False
     needs_ray_if: tuple[str, str] | None = None
     outside_if: tuple[str, str, str] | None = None
-    only_if: str | None = None
+    only_if: tuple[str, Any] | None = None
     growing: tuple[str, ...] = ()
 
     def sources(self, job: JobConfig) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ STEPS = (
             "features.cascade_margin",
             "features.cascade_sample",
         ),
-        only_if="features.cascade",
+        only_if=("features.cascade", True),
     ),
     Step(
         "features",
@@ -169,11 +169,22 @@ STEPS = (
         needs_ray=True,
     ),
     Step(
+        "soft_labels",
+        "distill",
+        "soft_labels",
+        "pu_ray.distill.soft_labels",
+        upstream=("fit", "materialise"),
+        outside=("teacher", "labeled"),
+        sections=(*_NETWORKS, *_IMAGES, "distill.crops", "distill.augment", "features.engine", "resources.embed.gpus"),
+        needs_ray=True,
+        only_if=("distill.soft_labels", "cached"),
+    ),
+    Step(
         "distill",
         "distill",
         "student",
         "pu_ray.distill.fit",
-        upstream=("fit", "materialise"),
+        upstream=("fit", "materialise", "soft_labels"),
         outside=("teacher", "labeled"),
         sections=(*_NETWORKS, "student", "distill", "resources.train.gpus"),
         needs_ray=True,
@@ -184,16 +195,16 @@ STEPS = (
         "evaluation",
         "pu_ray.evaluate",
         upstream=("select", "distill"),
-        outside=("teacher", "test", "truth"),
-        sections=("evaluation.gate",),
+        outside=("teacher", "test", "truth", "metadata"),
+        sections=("evaluation.gate", "evaluation.slices"),
     ),
     Step(
         "export",
         "export",
         "exported",
         "pu_ray.export",
-        upstream=("materialise", "distill", "evaluate"),
-        outside=("teacher",),
+        upstream=("fit", "materialise", "distill", "evaluate"),
+        outside=("teacher", "labeled"),
         sections=("name", "export"),
     ),
 )
@@ -202,7 +213,7 @@ VERBS = tuple(dict.fromkeys(step.verb for step in STEPS))
 # A control is the same job with another choice of images: it shares what comes before the choice.
 _SHARED_WITH_CONTROLS = ("cascade", "features", "scorer", "scores")
 _SHARED_STEPS = ("cascade", "features", "fit", "score")
-_CONTROL_STEPS = ("select", "materialise", "distill", "evaluate")
+_CONTROL_STEPS = ("select", "materialise", "soft_labels", "distill", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -297,9 +308,18 @@ class Sources:
     @cached_property
     def truth(self) -> str:
         """Content of the truth table, or nothing."""
-        if self._job.lake.truth is None:
+        return self._content(self._job.lake.truth)
+
+    @cached_property
+    def metadata(self) -> str:
+        """Content of the test images' metadata, or nothing."""
+        return self._content(self._job.evaluation.metadata)
+
+    @staticmethod
+    def _content(uri: str | None) -> str:
+        if uri is None:
             return "none"
-        folder, name = Storage(self._job.lake.truth).split()
+        folder, name = Storage(uri).split()
         return sha256_of(folder.read_bytes(name))
 
 
@@ -308,7 +328,7 @@ Known = Mapping[str, tuple[str, dict[str, str]]]
 
 def steps_of(job: JobConfig) -> tuple[Step, ...]:
     """The steps that this job has, in their order."""
-    return tuple(step for step in STEPS if step.only_if is None or job.section(step.only_if))
+    return tuple(step for step in STEPS if step.only_if is None or job.section(step.only_if[0]) == step.only_if[1])
 
 
 def identities(job: JobConfig, sources: Sources, shared: Known | None = None) -> Known:
@@ -515,7 +535,7 @@ class Pipeline:
         worked = False
         for control in self.job.evaluation.controls:
             job, storage, known = self._control(control)
-            for step in STEPS:
+            for step in steps_of(job):
                 if step.name in _CONTROL_STEPS:
                     worked |= self._run_step(step, job, storage, known, label=f"{control}: ")
         return worked
@@ -569,6 +589,9 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
     lake: dict[str, str] = {"uri": Storage(job.lake.uri).absolute()}
     if job.lake.truth is not None:
         lake["truth"] = Storage(job.lake.truth).absolute()
+    evaluation = {}
+    if job.evaluation.metadata is not None:
+        evaluation["metadata"] = Storage(job.evaluation.metadata).absolute()
     return job.model_copy(
         update={
             "output": Storage(job.output).absolute(),
@@ -576,6 +599,7 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
             "labeled": job.labeled.model_copy(update={"uri": Storage(job.labeled.uri).absolute()}),
             "test": job.test.model_copy(update={"uri": Storage(job.test.uri).absolute()}),
             "lake": job.lake.model_copy(update=lake),
+            "evaluation": job.evaluation.model_copy(update=evaluation),
         }
     )
 
@@ -595,6 +619,8 @@ def check_paths(job: JobConfig) -> None:
     }
     if job.lake.truth is not None:
         places["lake.truth"] = (job.lake.truth, "file")
+    if job.evaluation.metadata is not None:
+        places["evaluation.metadata"] = (job.evaluation.metadata, "file")
     for setting, (uri, wanted) in places.items():
         found = Storage(uri).kind()
         if found not in wanted.split(" or "):
@@ -621,12 +647,14 @@ def check_networks(job: JobConfig, roles: Sequence[str] = ("teacher", "student")
     classes = models.read_classes(job.teacher.classes)
     for setting in roles:
         network: NetworkConfig = getattr(job, setting)
+        preprocessing = job.student_preprocessing if setting == "student" else job.teacher.preprocessing
         try:
-            built = models.build(network, len(classes), job.teacher.preprocessing.channels)
+            built = models.build(network, len(classes), preprocessing.channels)
+            models.require_logits(built, preprocessing, len(classes))
             if setting == "teacher":
                 models.TappedNetwork(built, job.teacher.stages)
         except ConfigError as error:
-            where = error.where if error.where and "." in error.where else f"{setting}.{error.where}"
+            where = str(error.where) if str(error.where).startswith("teacher.") else f"{setting}.{error.where}"
             raise ConfigError(error.problem, **(error.as_dict() | {"where": where})) from error
 
 

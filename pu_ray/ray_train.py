@@ -28,6 +28,10 @@ _POLL_S = 0.5
 _WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "100000"}
 
 
+# Makes the bytes of a checkpoint.
+Content = Callable[[], bytes]
+
+
 @dataclass(frozen=True)
 class Worker:
     """What a loop needs to know of its surroundings.
@@ -40,6 +44,7 @@ class Worker:
         checkpoint: Bytes of the last checkpoint, to go on from.
         report: Called by every worker equally often, with figures and, lazily, the bytes of a checkpoint.
         count_images: Called with the number of images that all workers together have just seen.
+        leaving: Whether a worker's machine has been given notice; asked by every worker equally often.
     """
 
     rank: int
@@ -47,14 +52,15 @@ class Worker:
     device: torch.device
     precision: Precision
     checkpoint: bytes | None
-    report: Callable[[dict[str, float], Callable[[], bytes]], None]
+    report: Callable[[dict[str, float], Content], None]
     count_images: Callable[[int], None]
+    leaving: Callable[[], bool]
 
 
 def alone(progress: Progress, precision: Precision = "auto") -> Worker:
     """A single worker in this process, without Ray and without checkpoints."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Worker(0, 1, device, precision, None, lambda _figures, _checkpoint: None, progress.advance)
+    return Worker(0, 1, device, precision, None, lambda _figures, _checkpoint: None, progress.advance, lambda: False)
 
 
 class _Counter:
@@ -70,15 +76,21 @@ class _Counter:
         return self._images
 
 
-def _report(figures: dict[str, float], checkpoint: Callable[[], bytes]) -> None:
+def _report(figures: dict[str, float], checkpoint: Content) -> None:
     import ray.train
 
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(figures)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / _CHECKPOINT_FILE).write_bytes(checkpoint())
-        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    folder = tempfile.mkdtemp(prefix="pu-ray-checkpoint-")
+    (Path(folder) / _CHECKPOINT_FILE).write_bytes(checkpoint())
+    # Training goes on while it travels to the run's storage, and the folder is gone when it has arrived.
+    ray.train.report(
+        figures,
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
 
 
 def _work(arguments: dict[str, Any]) -> None:
@@ -103,6 +115,7 @@ def _work(arguments: dict[str, Any]) -> None:
             checkpoint=saved,
             report=_report,
             count_images=lambda images: counter.add.remote(images) if first else None,
+            leaving=lambda: ray.train.get_preemption_info() is not None,
         )
     )
 

@@ -146,11 +146,16 @@ def _verdict(done: Mapping[str, Manifest], stages: int) -> str:
         return f"unfinished: {len(done)} of {stages} stages are done"
     judged = done["evaluate"].facts["gate"]
     points = judged["gap_to_teacher"]
-    gap = f"the student is {abs(points):.2f} points {'behind' if points >= 0 else 'ahead of'} its teacher"
-    if judged["allowed"] is None:
-        return gap
-    bound = f"{judged['allowed']:g} are allowed"
-    return f"passed: {gap}, {bound}" if judged["passed"] else f"failed the quality gate: {gap}, {bound}"
+    told = f"the student is {abs(points):.2f} points {'behind' if points >= 0 else 'ahead of'} its teacher"
+    if (allowed := judged["bounds"].get("max_gap_to_teacher")) is not None:
+        told += f", {allowed:g} are allowed"
+    if not judged["passed"]:
+        others = [each for each in judged["violated"] if each["setting"] != "max_gap_to_teacher"]
+        told += "".join(
+            f"; {each['setting'].replace('_', ' ')} {each['bound']:g}, got {each['got']:.4f}" for each in others
+        )
+        return f"failed the quality gate: {told}"
+    return f"passed: {told}" if judged["bounds"] else told
 
 
 def _example_image(job: JobConfig) -> str | None:

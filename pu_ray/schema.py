@@ -28,6 +28,9 @@ CONFIDENCE: Final = "confidence"  # the teacher's softmax probability of that cl
 ENERGY: Final = "energy"  # log-sum-exp of the teacher's logits (Liu et al. 2020)
 ENTROPY: Final = "entropy"  # of the teacher's softmax, in nats
 NEIGHBOUR: Final = "neighbour"  # cosine with the nearest labeled training image, in standardised feature space
+CROPS: Final = "crops"  # of each image: top, left, height, width, flip, in pixels of the decoded image
+KEPT: Final = "classes"  # of each stored logit
+REST: Final = "rest"  # log-sum-exp of the logits that were not stored
 ORDER: Final = "order"  # position in the mined set; any prefix is class-stratified
 WHY: Final = "why"
 CLASS: Final = "class"  # true class, or -1 for an image of no class; only where the truth is known
@@ -117,6 +120,24 @@ def selection() -> pa.Schema:
 def mined() -> pa.Schema:
     """The chosen images with their encoded bytes, ready to stream to a student."""
     return pa.schema([*selection(), pa.field(BYTES, pa.large_binary())])
+
+
+def soft_labels(crops: int, kept: int) -> pa.Schema:
+    """The teacher's answers for stored crops of each image, see distill/soft_labels.py.
+
+    Args:
+        crops: M, crops of each image.
+        kept: J, logits of each crop.
+    """
+    return pa.schema(
+        [
+            *_IDENTITY,
+            pa.field(CROPS, pa.list_(pa.int16(), crops * 5)),
+            pa.field(LOGITS, pa.list_(pa.float16(), crops * kept)),
+            pa.field(KEPT, pa.list_(pa.int32(), crops * kept)),
+            pa.field(REST, pa.list_(pa.float16(), crops)),
+        ]
+    )
 
 
 def truth() -> pa.Schema:

@@ -1,53 +1,32 @@
-"""Images for distillation: decoded once into a memory-mapped store, then drawn by step number.
+"""What a student is taught with: which images, in which batches, with which crops and answers.
 
-Decoding once instead of once per epoch takes the decoder out of the training loop, and a file on local disk keeps
-memory flat whatever the size of `mined/`. A batch is a function of (seed, rank, step) alone, so a run that goes on
-from a checkpoint sees the batches it would have seen.
+A batch is a function of (seed, rank, step) alone, so a run that goes on from a checkpoint sees the batches it would
+have seen. Axes: N images of a batch, H, W, C channels, K classes.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from pu_ray import images, ledger, schema
-from pu_ray.config import AugmentConfig, JobConfig, PreprocessingConfig
+from pu_ray import ledger, schema
+from pu_ray.config import AugmentConfig
+from pu_ray.distill import crops
+from pu_ray.distill.crops import Crops, Pixels
+from pu_ray.distill.store import Images, Rows
 from pu_ray.errors import DataError
 from pu_ray.lake import LabeledImages
 from pu_ray.storage import Storage
 
-Pixels = npt.NDArray[np.uint8]
+NO_LABEL = -1
 
 
-class PixelStore:
-    """Decoded images uint8 [N, H, W, C] in a temporary file, mapped into memory; the file goes with the object."""
-
-    def __init__(
-        self,
-        encoded: Iterable[bytes],
-        count: int,
-        preprocessing: PreprocessingConfig,
-        limits: images.Limits | None = None,
-    ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="pu-ray-pixels-")
-        shape = (max(count, 1), *preprocessing.shape_hwc)
-        self.pixels: Pixels = np.lib.format.open_memmap(
-            Path(self._folder.name) / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape
-        )[:count]
-        filled = 0
-        for content in encoded:
-            self.pixels[filled] = images.decode(content, preprocessing, limits or images.Limits())
-            filled += 1
-        assert filled == count, f"{filled} images came instead of {count}"
-
-    def __len__(self) -> int:
-        return len(self.pixels)
+# -- which images ------------------------------------------------------------------------------------------
 
 
 def mined_images(mined: Storage, rank: int, world: int) -> tuple[Iterator[bytes], int]:
@@ -78,13 +57,73 @@ def labeled_by_role(labeled: LabeledImages, scorer: Storage, role: str) -> Label
         raise DataError(
             "the labeled images have changed since the fit", where=missing[0], hint="run the whole job again"
         )
-    rows = [row for row, sample in enumerate(labeled.ids) if roles[sample] == role]
-    return LabeledImages(
-        [labeled.ids[row] for row in rows],
-        [labeled.names[row] for row in rows],
-        labeled.labels[rows],
-        [labeled.encoded[row] for row in rows],
-    )
+    return labeled.rows([row for row, sample in enumerate(labeled.ids) if roles[sample] == role])
+
+
+def taught_images(labeled: LabeledImages, scorer: Storage) -> LabeledImages:
+    """The labeled images that teach: those of the fit and, since promises were made before, those of its calibration.
+
+    Those that choose the student (role validate) teach nothing.
+    """
+    return labeled_by_role(labeled, scorer, "train") + labeled_by_role(labeled, scorer, "calibrate")
+
+
+# -- batches -----------------------------------------------------------------------------------------------
+
+
+class Answers(Protocol):
+    """The teacher's stored answers, see soft_labels.py."""
+
+    def take(self, rows: Rows, visits: Rows) -> tuple[Crops, Any]:
+        """Crops int16 [N, 5] and logits float32 [N, K] for these visits of these images."""
+        ...
+
+    def mean_probabilities(self, rows: Rows) -> Any:
+        """The teacher's probabilities float64 [N, K], mean over an image's crops."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of one kind.
+
+    Attributes:
+        images: Their pixels.
+        answers: The teacher's, of the same images; None: the teacher is asked in the loop.
+        labels: True classes int64 [N]; None where nobody knows them.
+    """
+
+    images: Images
+    answers: Answers | None = None
+    labels: Any = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step needs.
+
+    Attributes:
+        pixels: uint8 [N, H, W, C], cropped.
+        labels: int64 [N], `NO_LABEL` for a mined image.
+        teacher: Its stored logits float32 [N, K], or None.
+    """
+
+    pixels: Pixels
+    labels: Any
+    teacher: Any
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """At most `count` parts of nearly equal size, none of them empty."""
+        for rows in np.array_split(np.arange(len(self)), min(count, len(self))):
+            inside = slice(rows[0], rows[-1] + 1)
+            teacher = None if self.teacher is None else self.teacher[inside]
+            yield Batch(self.pixels[inside], self.labels[inside], teacher)
 
 
 @dataclass
@@ -92,17 +131,17 @@ class Batches:
     """Random batches of one worker.
 
     Args:
-        mined: Decoded mined images.
-        labeled: Decoded labeled images.
+        mined: Mined images.
+        labeled: Labeled images.
         batch_size: Images of one batch, of this worker.
         labeled_share: Share of labeled images in each batch; auto draws from both evenly.
-        augment: Random crop and flip.
+        augment: Random crop and flip; stored answers bring their own.
         seed: Of everything random.
         rank: Which worker this is.
     """
 
-    mined: Pixels
-    labeled: Pixels
+    mined: Source
+    labeled: Source
     batch_size: int
     labeled_share: Literal["auto"] | float
     augment: AugmentConfig
@@ -114,65 +153,66 @@ class Batches:
         """All images of this worker."""
         return len(self.mined) + len(self.labeled)
 
-    def at(self, step: int) -> Pixels:
-        """The batch of a step, uint8 [batch_size, H, W, C]."""
-        batch = np.concatenate([source[rows] for source, rows in self._draw(step) if len(rows)])
-        return augmented(batch, self.augment, np.random.default_rng([self.seed, self.rank, step, 1]))
+    @property
+    def sources(self) -> tuple[Source, Source]:
+        """Mined and labeled images."""
+        return self.mined, self.labeled
 
-    def _draw(self, step: int) -> list[tuple[Pixels, npt.NDArray[np.int64]]]:
+    def at(self, step: int) -> Batch:
+        """The batch of a step."""
+        drawn = [(source, rows, visits) for source, rows, visits in self._draw(step) if len(rows)]
+        pixels = np.concatenate([source.images.take(rows) for source, rows, _ in drawn])
+        labels = np.concatenate(
+            [
+                np.full(len(rows), NO_LABEL) if source.labels is None else source.labels[rows]
+                for source, rows, _ in drawn
+            ]
+        )
+        stored = [source.answers.take(rows, visits) for source, rows, visits in drawn if source.answers is not None]
+        if stored:
+            chosen, teacher = (np.concatenate(part) for part in zip(*stored, strict=True))
+        else:
+            generator = np.random.default_rng([self.seed, self.rank, step, 1])
+            chosen, teacher = crops.draw(len(pixels), pixels.shape[1:3], self.augment, generator), None
+        return Batch(crops.cut(pixels, chosen), labels, teacher)
+
+    def _draw(self, step: int) -> list[tuple[Source, Rows, Rows]]:
         if self.labeled_share == "auto":
-            rows = self._endless(self.images, self.batch_size, step, stream=0)
+            rows, visits = self._endless(self.images, self.batch_size, step, stream=0)
             boundary = len(self.mined)
-            return [(self.mined, rows[rows < boundary]), (self.labeled, rows[rows >= boundary] - boundary)]
+            first = rows < boundary
+            return [
+                (self.mined, rows[first], visits[first]),
+                (self.labeled, rows[~first] - boundary, visits[~first]),
+            ]
         labeled = round(self.batch_size * float(self.labeled_share)) if len(self.labeled) else 0
         return [
-            (self.mined, self._endless(len(self.mined), self.batch_size - labeled, step, stream=0)),
-            (self.labeled, self._endless(len(self.labeled), labeled, step, stream=1)),
+            (self.mined, *self._endless(len(self.mined), self.batch_size - labeled, step, stream=0)),
+            (self.labeled, *self._endless(len(self.labeled), labeled, step, stream=1)),
         ]
 
-    def _endless(self, count: int, number: int, step: int, stream: int) -> npt.NDArray[np.int64]:
-        """Rows `step * number ...` of the endless row of permutations, each seeded by its own number."""
+    def _endless(self, count: int, number: int, step: int, stream: int) -> tuple[Rows, Rows]:
+        """Rows `step * number ...` of the endless row of permutations, each seeded by its own number; and that number.
+
+        It says how often an image has been seen before.
+        """
         positions = np.arange(step * number, (step + 1) * number)
         rows = np.empty(number, np.int64)
-        for epoch in np.unique(positions // max(count, 1)):
-            permutation = np.random.default_rng([self.seed, self.rank, int(epoch), 2 + stream]).permutation(count)
-            inside = positions // count == epoch
+        turns = positions // max(count, 1)
+        for turn in np.unique(turns):
+            permutation = np.random.default_rng([self.seed, self.rank, int(turn), 2 + stream]).permutation(count)
+            inside = turns == turn
             rows[inside] = permutation[positions[inside] % count]
-        return rows
+        return rows, turns
 
 
-def augmented(batch: Pixels, augment: AugmentConfig, generator: np.random.Generator) -> Pixels:
-    """One random crop and flip per image; teacher and student get the result."""
-    padding = augment.crop_padding_px
-    if padding:
-        height, width = batch.shape[1:3]
-        edge = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        padded = np.pad(batch, edge, mode="edge")
-        offsets = generator.integers(0, 2 * padding + 1, size=(len(batch), 2))
-        batch = np.stack(
-            [image[top : top + height, left : left + width] for image, (top, left) in zip(padded, offsets, strict=True)]
-        )
-    if augment.horizontal_flip:
-        flipped = generator.random(len(batch)) < 0.5
-        batch = np.where(flipped[:, None, None, None], batch[:, :, ::-1], batch)
-    return np.ascontiguousarray(batch)
-
-
-def student_data(
-    config: JobConfig, storage: Storage, labeled: LabeledImages, rank: int, world: int
-) -> tuple[PixelStore, PixelStore, Any]:
-    """Stores of mined and labeled images of one worker, and the validation images with their labels.
-
-    Returns:
-        Mined store, labeled store (roles train and calibrate: promises were made before, so both may teach), and
-        (pixels uint8 [M, H, W, C], labels int64 [M]) of the role validate, which only judges.
-    """
-    scorer = storage.child("scorer")
-    preprocessing = config.teacher.preprocessing
-    stream, count = mined_images(storage.child("mined"), rank, world)
-    mined = PixelStore(stream, count, preprocessing, images.Limits.of(config.lake))
-    teach = [labeled_by_role(labeled, scorer, role) for role in ("train", "calibrate")]
-    encoded = [content for part in teach for content in part.encoded][rank::world]
-    judge = labeled_by_role(labeled, scorer, "validate")
-    validation = (judge.pixels(preprocessing, config.labeled.uri), judge.labels)
-    return mined, PixelStore(encoded, len(encoded), preprocessing), validation
+def ahead(at: Callable[[int], Batch], first: int, stop: int, threads: int) -> Iterator[Batch]:
+    """Batches `first` to `stop - 1` in order, prepared by other threads while the caller is busy with one."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="batches") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        for step in range(first, stop):
+            waiting.append(pool.submit(at, step))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

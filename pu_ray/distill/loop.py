@@ -6,9 +6,12 @@ Paper, section 3.2 and equations 7 to 9; METHOD lists where we differ. Axes: N i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pu_ray import balance, models, optim, workers
-from pu_ray.config import DistillConfig, LossesConfig, Precision, PreprocessingConfig
-from pu_ray.distill import losses, robust
-from pu_ray.distill.data import Batches
+from pu_ray import models, optim, workers
+from pu_ray.config import DistillConfig, Precision, PreprocessingConfig
+from pu_ray.distill.adversary import Adversary
+from pu_ray.distill.data import Batch, Batches, Source, ahead
+from pu_ray.distill.objective import Learner, Objective
 from pu_ray.precision import autocast
 
-_RUNNING_DECAY = 0.9
 _EVALUATION_BATCH = 512
+_NOTICE_STEPS = 16  # between two looks for a notice that the machine will be taken away
 
 
 @dataclass
@@ -33,7 +37,7 @@ class State:
 
     Attributes:
         step: Steps done.
-        history: One record per validation: step, loss, lr, validation accuracy in [0, 1].
+        history: One record per validation: step, loss, lr, validation accuracy in [0, 1], time (Unix, seconds).
         best_step: Step of the student with the best validation accuracy so far.
         best_accuracy: Its accuracy.
         best_weights: Its state dict.
@@ -48,7 +52,7 @@ class State:
 
 # From uint8 [N, H, W, C] to features [N, D] and logits [N, K].
 Teacher = Callable[[Tensor], tuple[Tensor, Tensor]]
-# Called after every validation with the state and, lazily, the bytes of a checkpoint.
+# Called with the state and, lazily, the bytes of a checkpoint.
 Report = Callable[[State, Callable[[], bytes]], None]
 
 
@@ -60,7 +64,7 @@ def total_steps(settings: DistillConfig, images: int) -> int:
 
 def train(
     student: nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | None,
     batches: Batches,
     validation: tuple[Any, Any],
     settings: DistillConfig,
@@ -73,141 +77,119 @@ def train(
     checkpoint: bytes | None,
     report: Report,
     count_images: Callable[[int], None],
+    leaving: Callable[[], bool] = lambda: False,
 ) -> State:
     """Train the student until the configured number of steps.
 
     Args:
         student: From normalised images [N, C, H, W] to logits [N, K].
-        teacher: Frozen, on the device.
+        teacher: Frozen, on the device; None where the batches bring its answers.
         batches: This worker's images.
         validation: Pixels uint8 [M, H, W, C] and labels int64 [M]; choose the epoch, teach nothing.
         settings: The job's distillation settings.
-        preprocessing: How the student's images are normalised.
+        preprocessing: How the student's images are resized and normalised.
         classes: K.
         seed: Of the paper's perturbation.
         device: Where to train.
         precision: Of the matrix products.
         checkpoint: Bytes of an earlier checkpoint, to go on from.
-        report: Called after every validation, by every worker equally often.
+        report: Called after every `checkpoint_steps` steps and every validation, by every worker equally often.
         count_images: Called after every step with the number of images of all workers.
+        leaving: Whether a machine will soon be taken away; asked by every worker equally often.
 
     Returns:
         The final state; `best_weights` is the student to keep.
     """
     normalise = models.Normalised(nn.Identity(), preprocessing).to(device)
-    images, soft_K, counts_K = _class_statistics(teacher, batches, classes, device)
+    images, soft_K, counts_K = class_statistics(teacher, batches, classes, device)
     steps = total_steps(settings, images)
     # Channels last is the layout of tensor cores, and takes a third off the step on a CPU too (docs/LOG.md).
     student = student.to(device).to(memory_format=torch.channels_last)
-    wrapped: nn.Module = DistributedDataParallel(student) if workers.count() > 1 else student
-    optimizer, schedule = optim.build(student.parameters(), settings.optimizer, steps)
+    if settings.compile:
+        student.compile()
+    learner = Learner(student, settings.losses, classes).to(device)
+    wrapped: nn.Module = DistributedDataParallel(learner) if workers.count() > 1 else learner
+    optimizer, schedule = optim.build(learner.parameters(), settings.optimizer, steps)
     adversary = Adversary(settings.losses, soft_K, counts_K, seed)
+    objective = Objective(settings.losses, adversary)
     state = State()
     if checkpoint is not None:
-        state = _restore(checkpoint, student, optimizer, schedule, adversary)
+        state = _restore(checkpoint, learner, optimizer, schedule, adversary)
     every = max(1, steps // settings.validations)
     running_loss = torch.zeros((), device=device)
-    since = 0
-    while state.step < steps:
-        wrapped.train()
-        pixels = torch.from_numpy(batches.at(state.step)).to(device, non_blocking=True)
+    since, left_note = 0, False
+
+    def loss_of(part: Batch) -> Tensor:
+        pixels = torch.from_numpy(part.pixels).to(device, non_blocking=True)
         with autocast(device, precision):
-            with torch.no_grad():
-                # The same crop for both networks: a good teacher is consistent (Beyer et al. 2022).
-                teacher_NK = teacher(pixels)[1].float()
-            student_NK = wrapped(normalise(pixels).contiguous(memory_format=torch.channels_last)).float()
-        divergence_N = losses.distillation(student_NK, teacher_NK, settings.losses.temperature)
-        loss = adversary.loss(divergence_N, teacher_NK.argmax(dim=1))
+            teacher_NK = _answers(part, teacher, pixels)
+            inputs = normalise(pixels).contiguous(memory_format=torch.channels_last)
+            student_NK, noise = wrapped(inputs, teacher_NK)
+        return objective(student_NK, teacher_NK, torch.from_numpy(part.labels).to(device), noise)
+
+    def save() -> None:
+        report(state, lambda: _checkpoint(state, learner, optimizer, schedule, adversary))
+
+    for batch in ahead(batches.at, state.step, steps, settings.loader_threads):
+        wrapped.train()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts = list(batch.parts(settings.accumulate))
+        for number, part in enumerate(parts):
+            # Workers add their gradients up once per step, with the last part.
+            with _alone(wrapped) if number < len(parts) - 1 else contextlib.nullcontext():
+                loss = loss_of(part) * (len(part) / len(batch))
+                loss.backward()  # type: ignore[no-untyped-call]
+            running_loss += loss.detach()
         optimizer.step()
         schedule.step()
-        running_loss += loss.detach()
+        adversary.step()
         since += 1
         state.step += 1
-        count_images(len(pixels) * workers.count())
-        if state.step % every == 0 or state.step == steps:
-            accuracy = accuracy_of(student, normalise, validation, device)
-            record = {
-                "step": state.step,
-                "loss": float(running_loss) / since,
-                "lr": float(schedule.get_last_lr()[0]),
-                "validation_accuracy": accuracy,
-            }
-            state.history.append(record)
+        count_images(len(batch) * workers.count())
+        validated = state.step % every == 0 or state.step == steps
+        if validated:
+            record = {"loss": float(running_loss) / since, "lr": float(schedule.get_last_lr()[0])}
+            _validate(state, record, student, normalise, validation, device)
             running_loss.zero_()
             since = 0
-            # Among equals the later one has seen more.
-            if accuracy >= state.best_accuracy:
-                state.best_step, state.best_accuracy = state.step, accuracy
-                state.best_weights = {key: value.detach().cpu().clone() for key, value in student.state_dict().items()}
-            report(state, lambda: _checkpoint(state, student, optimizer, schedule, adversary))
+        if validated or state.step % settings.checkpoint_steps == 0:
+            save()
+        elif not left_note and state.step % _NOTICE_STEPS == 0 and leaving():
+            left_note = True
+            save()
     return state
 
 
-class Adversary:
-    """Weighs the classes of every batch: as given, by the exact worst case, or as the paper's code does.
-
-    Args:
-        settings: Kind, radius, clip.
-        soft_K: Sum over all images of the teacher's probabilities.
-        counts_K: Images by the teacher's predicted class.
-        seed: Of the paper's perturbation.
-    """
-
-    def __init__(self, settings: LossesConfig, soft_K: Any, counts_K: Any, seed: int) -> None:
-        self._settings = settings
-        self.shares = np.asarray(counts_K, np.float64) / np.sum(counts_K)
-        classes = len(self.shares)
-        if not settings.class_weights:
-            self.weights = np.ones(classes)
-        elif settings.robust == "paper":
-            inverse = 1 / np.maximum(soft_K, 1e-12)
-            self.weights = inverse * classes / inverse.sum()
-        else:
-            self.weights = balance.class_weights(soft_K, counts_K, settings.class_weight_clip)
-        self._seed = seed
-        self.draws = 0
-        self.sums = np.zeros(classes)
-        self.counts = np.zeros(classes)
-
-    def loss(self, divergence_N: Tensor, predicted_N: Tensor) -> Tensor:
-        """The weighted loss of one batch, a scalar."""
-        settings = self._settings
-        if settings.robust == "paper":
-            # Seeded by the draw, so that a run that goes on from a checkpoint draws what it would have drawn.
-            generator = np.random.default_rng([self._seed, 3, self.draws])
-            self.draws += 1
-            candidate = robust.paper_perturbation(self.weights, settings.radius, generator)
-            pair = [
-                losses.weighted(divergence_N, predicted_N, _like(w, divergence_N)) for w in (self.weights, candidate)
-            ]
-            return torch.maximum(*pair)
-        weights = self.weights
-        if settings.robust == "exact" and settings.radius > 0:
-            self._observe(divergence_N.detach(), predicted_N)
-            means = self.sums / np.maximum(self.counts, 1e-12)
-            weights = robust.worst_weights(self.weights, means, self.shares, settings.radius)
-        return losses.weighted(divergence_N, predicted_N, _like(weights, divergence_N))
-
-    def _observe(self, divergence_N: Tensor, predicted_N: Tensor) -> None:
-        sums, counts = losses.class_means(divergence_N, predicted_N, len(self.shares))
-        current = workers.total(torch.stack([sums, counts])).double().cpu().numpy()
-        self.sums = _RUNNING_DECAY * self.sums + current[0]
-        self.counts = _RUNNING_DECAY * self.counts + current[1]
-
-    def state(self) -> dict[str, Any]:
-        """For checkpoints."""
-        return {"sums": self.sums.tolist(), "counts": self.counts.tolist(), "draws": self.draws}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self.sums, self.counts = np.array(state["sums"]), np.array(state["counts"])
-        self.draws = state["draws"]
+def _answers(part: Batch, teacher: Teacher | None, pixels: Tensor) -> Tensor:
+    """The teacher's logits float32 [N, K]: stored, or asked for now."""
+    if part.teacher is not None:
+        return torch.from_numpy(part.teacher).to(pixels.device, non_blocking=True)
+    assert teacher is not None, "a batch without stored answers needs a teacher"
+    with torch.no_grad():
+        return teacher(pixels)[1].float()
 
 
-def _like(weights_K: Any, tensor: Tensor) -> Tensor:
-    return torch.as_tensor(weights_K, dtype=tensor.dtype, device=tensor.device)
+def _alone(wrapped: nn.Module) -> AbstractContextManager[Any]:
+    if isinstance(wrapped, DistributedDataParallel):
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def _validate(
+    state: State,
+    record: dict[str, float],
+    student: nn.Module,
+    normalise: nn.Module,
+    validation: tuple[Any, Any],
+    device: torch.device,
+) -> None:
+    """Judge the student and remember the best."""
+    accuracy = accuracy_of(student, normalise, validation, device)
+    state.history.append({"step": state.step, **record, "validation_accuracy": accuracy, "time": time.time()})
+    # Among equals the later one has seen more.
+    if accuracy >= state.best_accuracy:
+        state.best_step, state.best_accuracy = state.step, accuracy
+        state.best_weights = {key: value.detach().cpu().clone() for key, value in student.state_dict().items()}
 
 
 def accuracy_of(student: nn.Module, normalise: nn.Module, validation: tuple[Any, Any], device: torch.device) -> float:
@@ -223,27 +205,37 @@ def accuracy_of(student: nn.Module, normalise: nn.Module, validation: tuple[Any,
     return right / max(len(pixels), 1)
 
 
-def _class_statistics(teacher: Teacher, batches: Batches, classes: int, device: torch.device) -> tuple[int, Any, Any]:
+def class_statistics(
+    teacher: Teacher | None, batches: Batches, classes: int, device: torch.device
+) -> tuple[int, Any, Any]:
     """Over all workers' images: their number, soft counts [K] and counts by predicted class [K]."""
     statistics = torch.zeros(2, classes, dtype=torch.float64)
-    for source in (batches.mined, batches.labeled):
+    for source in batches.sources:
         for start in range(0, len(source), _EVALUATION_BATCH):
-            with torch.inference_mode():
-                logits = teacher(torch.from_numpy(source[start : start + _EVALUATION_BATCH].copy()).to(device))[
-                    1
-                ].float()
-            statistics[0] += torch.softmax(logits, dim=1).sum(dim=0).double().cpu()
-            statistics[1] += torch.bincount(logits.argmax(dim=1), minlength=classes).double().cpu()
+            rows = np.arange(start, min(start + _EVALUATION_BATCH, len(source)))
+            probabilities = _probabilities(source, rows, teacher, device)
+            statistics[0] += probabilities.sum(dim=0)
+            statistics[1] += torch.bincount(probabilities.argmax(dim=1), minlength=classes)
     statistics = workers.total(statistics.to(device)).cpu()
     return int(statistics[1].sum()), statistics[0].numpy(), statistics[1].numpy()
 
 
-def _checkpoint(state: State, student: nn.Module, optimizer: Any, schedule: Any, adversary: Adversary) -> bytes:
+def _probabilities(source: Source, rows: Any, teacher: Teacher | None, device: torch.device) -> Tensor:
+    """The teacher's, float64 [N, K]."""
+    if source.answers is not None:
+        return torch.from_numpy(source.answers.mean_probabilities(rows))
+    assert teacher is not None, "images without stored answers need a teacher"
+    with torch.inference_mode():
+        logits = teacher(torch.from_numpy(source.images.take(rows)).to(device))[1]
+    return torch.softmax(logits.double().cpu(), dim=1)
+
+
+def _checkpoint(state: State, learner: Learner, optimizer: Any, schedule: Any, adversary: Adversary) -> bytes:
     content = {
         "step": state.step,
         "history": copy.deepcopy(state.history),
         "best": {"step": state.best_step, "accuracy": state.best_accuracy, "weights": state.best_weights},
-        "student": student.state_dict(),
+        "learner": learner.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "adversary": adversary.state(),
@@ -253,9 +245,9 @@ def _checkpoint(state: State, student: nn.Module, optimizer: Any, schedule: Any,
     return buffer.getvalue()
 
 
-def _restore(content: bytes, student: nn.Module, optimizer: Any, schedule: Any, adversary: Adversary) -> State:
+def _restore(content: bytes, learner: Learner, optimizer: Any, schedule: Any, adversary: Adversary) -> State:
     saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    student.load_state_dict(saved["student"])
+    learner.load_state_dict(saved["learner"])
     optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
     adversary.restore(saved["adversary"])

@@ -323,7 +323,8 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
     from pu_ray import lake, models
     from pu_ray.config import DistillConfig
     from pu_ray.distill import loop
-    from pu_ray.distill.data import Batches
+    from pu_ray.distill.data import Batches, Source
+    from pu_ray.distill.store import InMemory
     from pu_ray.pu.training import assign_roles
 
     started = time.monotonic()
@@ -333,9 +334,9 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
     roles = np.array(assign_roles(images.ids, images.labels, job.scorer.split, seed))
     pixels = images.pixels(job.teacher.preprocessing, job.labeled.uri)
     judge = roles == "validate"
-    taught = pixels[~judge]
+    taught, labels = pixels[~judge], images.labels[~judge]
     if name == "all-data":
-        mined, taught = fmnist_open.garments(train=True)[0][..., None], taught[:0]
+        mined, taught, labels = fmnist_open.garments(train=True)[0][..., None], taught[:0], labels[:0]
     elif name == "labeled":
         mined = taught[:0]
     else:
@@ -346,7 +347,14 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
     state = loop.train(
         student,
         teacher,
-        Batches(mined, taught, settings.batch_size, settings.labeled_share, settings.augment, seed),
+        Batches(
+            Source(InMemory(mined)),
+            Source(InMemory(taught), labels=labels),
+            settings.batch_size,
+            settings.labeled_share,
+            settings.augment,
+            seed,
+        ),
         (pixels[judge], images.labels[judge]),
         settings,
         preprocessing=job.teacher.preprocessing,

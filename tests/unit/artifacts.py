@@ -156,7 +156,19 @@ FACTS: Mapping[str, Mapping[str, Any]] = {
         "gap_to_teacher": 2.0,
         "agreement": 0.94,
         "student_accuracy_per_class": {"cat": rate(0.91, 50), "dog": rate(0.95, 50)},
-        "gate": {"passed": True, "gap_to_teacher": 2.0, "allowed": None},
+        "gate": {"passed": True, "gap_to_teacher": 2.0, "bounds": {}, "violated": []},
+        "teacher_calibration_error": 0.02,
+        "student_calibration_error": 0.03,
+        "cost": {
+            "teacher": {
+                "parameters": 12_340,
+                "multiply_adds": 2_000_000,
+                "weights_bytes": 49_360,
+                "cpu_latency_ms": 2.0,
+            },
+            "student": {"parameters": 1_234, "multiply_adds": 300_000, "weights_bytes": 5_500, "cpu_latency_ms": 0.5},
+        },
+        "slices": {},
     },
     "export": {},
 }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import os
 import pickle
+import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, save
 from torch import nn
 
@@ -37,13 +41,53 @@ def network(name, classes=3, in_channels=3, **options):
 
 @pytest.mark.parametrize(
     ("depth", "blocks"),
-    [(8, 3), (14, 6), (20, 9), (32, 15), (56, 27), (18, 8), (34, 16)],
+    [(8, 3), (14, 6), (20, 9), (26, 12), (32, 15), (44, 21), (50, 24), (56, 27), (110, 54), (18, 8), (34, 16)],
 )
 def test_the_depth_in_a_name_is_the_number_of_weighted_layers(depth, blocks):
     net = network(f"cifar/resnet{depth}-w2")
     kernels = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(kernels) == 1 + 2 * blocks
     assert len(kernels) + 1 == depth, "3x3 convolutions and the linear layer; shortcuts do not count"
+    assert len(net.stage_names) == (4 if depth in (18, 34) else 3)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 24])
+def test_any_width_will_do(width):
+    net = network(f"cifar/resnet8-w{width}", classes=4).eval()
+    assert (net.stem[0].out_channels, net.head.in_features) == (width, 4 * width)
+    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "hint"),
+    [
+        (0, "take 8"),
+        (2, "take 8"),
+        (9, "take 8 or 14"),
+        (16, "take 14 or 18"),
+        (19, "take 18 or 20"),
+        (33, "take 32 or 34"),
+        (50 + 1, "take 50 or 56"),
+        (101, "take 98 or 104"),
+    ],
+)
+def test_a_wrong_depth_names_the_nearest_ones(depth, hint):
+    with pytest.raises(ConfigError) as caught:
+        network(f"cifar/resnet{depth}-w16")
+    assert str(caught.value) == (
+        "architecture: there is no residual network of this depth\n"
+        "  allowed: 6n+2 (8, 14, 20, 26, 32, ...) with three stages; 18 and 34 with four\n"
+        f"  got: {depth}\n"
+        f"  what to do: {hint}"
+    )
+    for near in hint.removeprefix("take ").split(" or "):
+        network(f"cifar/resnet{near}-w1")
+
+
+def test_a_network_without_channels_is_refused():
+    with pytest.raises(ConfigError, match="a network needs channels") as caught:
+        network("cifar/resnet8-w0")
+    assert (caught.value.where, caught.value.allowed, caught.value.got) == ("architecture", "w1 and wider", "w0")
 
 
 @pytest.mark.parametrize("in_channels", [1, 3])
@@ -76,34 +120,73 @@ def test_the_first_stage_keeps_the_resolution_and_each_later_one_halves_it():
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "hint"),
     [
-        "resnet9999",
-        "cifar/resnet9-w16",
-        "cifar/resnet8-w0",
-        "cifar/resnet8",
-        "timm/no_such_net",
-        "torchvision/",
-        "huggingface/x",
+        ("resnet9999", "did you mean resnet"),
+        ("torchvision/resnet19", "did you mean torchvision/resnet"),
+        ("mobilenet_v3_smal", "did you mean mobilenet_v3_small"),
+        ("timm/resnet34x", "did you mean timm/resnet34"),
+        ("test_resnet", "did you mean timm/test_resnet?"),
+        ("cifar/resnet8", "for example cifar/resnet20-w16"),
+        ("cifar/vgg16-w8", "for example cifar/resnet20-w16"),
+        ("timm/no_such_net_at_all", None),
+        ("timm/hf-hub:somebody/something", None),
+        ("torchvision/", None),
+        ("huggingface/x", None),
     ],
 )
-def test_an_unknown_network_is_refused_with_what_there_is(name):
+def test_an_unknown_network_is_refused_with_what_there_is_and_what_is_like_it(name, hint):
     with pytest.raises(ConfigError) as caught:
         network(name)
-    assert str(caught.value) == (
-        "architecture: unknown network\n"
-        "  allowed: cifar/resnet{8,14,18,20,32,34,56}-w{width}, torchvision/NAME, timm/NAME\n"
-        f"  got: {name}"
+    assert (caught.value.problem, caught.value.where, caught.value.got) == ("unknown network", "architecture", name)
+    assert caught.value.allowed == (
+        "cifar/resnet{depth}-w{width}, torchvision/NAME, timm/NAME, or module:function of your own"
     )
+    if hint is None:
+        assert caught.value.hint is None
+    else:
+        assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "hint"),
+    [
+        ("fasterrcnn_resnet50_fpn", "detection", "did you mean resnet50?"),
+        ("torchvision/fcn_resnet101", "segmentation", "did you mean torchvision/resnet101?"),
+        ("torchvision/r3d_18", "video", None),
+        ("quantized_resnet18", "quantization", "did you mean resnet18?"),
+        ("raft_small", "optical_flow", None),
+    ],
+)
+def test_torchvisions_networks_for_other_tasks_are_refused_by_their_task(name, task, hint):
+    with pytest.raises(ConfigError) as caught:
+        network(name)
+    assert caught.value.problem == f"this is one of torchvision's networks for {task}"
+    assert caught.value.allowed == "networks that classify images: one vector of logits for each"
+    assert (caught.value.where, caught.value.got, caught.value.hint) == ("architecture", name, hint)
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet8-w4", "timm/test_resnet", "torchvision/resnet18"])
 def test_an_option_the_factory_does_not_know_is_refused_by_name(name):
-    with pytest.raises(ConfigError, match="the network refuses these options") as caught:
+    with pytest.raises(ConfigError, match=f"{name} cannot be built with these options") as caught:
         network(name, no_such_option=3)
-    assert caught.value.where == name
+    assert caught.value.where == "options"
     assert caught.value.got == "{'no_such_option': 3}"
     assert "no_such_option" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "hint"),
+    [
+        ("timm/resnet18.no_such_tag", {}, "RuntimeError: Invalid pretrained tag (no_such_tag) for resnet18."),
+        ("googlenet", {"aux_logits": "x", "init_weights": True, "num_classes": "many"}, "TypeError: "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_a_library_raises_is_a_wrong_setting(name, options, hint):
+    with pytest.raises(ConfigError, match="cannot be built with these options") as caught:
+        network(name, **options)
+    assert caught.value.hint.startswith(hint)
 
 
 def test_options_reach_the_factory():
@@ -115,6 +198,193 @@ def test_torchvisions_networks_refuse_grey_images_and_say_what_to_do():
         network("resnet18", in_channels=1)
     assert (caught.value.allowed, caught.value.got) == ("3", "1")
     assert "set channels to 3" in caught.value.hint
+
+
+# -- networks of one's own ---------------------------------------------------------------------------------
+
+OWN = """
+from torch import nn
+
+seen = []
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes, in_chans, width=4):
+        super().__init__()
+        seen.append((num_classes, in_chans, width))
+        self.body = nn.Conv2d(in_chans, num_classes, 1)
+
+    def forward(self, x):
+        return self.body(x).mean(dim=(2, 3))
+
+def build(num_classes, in_chans, **options):
+    return Tiny(num_classes, in_chans, **options)
+
+def positional(num_classes, in_chans, /):
+    return None
+
+def broken(num_classes, in_chans):
+    raise ZeroDivisionError("no layers\\nat all")
+
+def nothing(num_classes, in_chans):
+    return {"layers": num_classes}
+
+table = {}
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A package `own_nets` in the current directory, found without any help; forgotten afterwards."""
+    folder = tmp_path / "own_nets"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "tiny.py").write_text(OWN)
+    (folder / "half.py").write_text("import no_such_library_anywhere\n")
+    (folder / "script.py").write_text("raise SystemExit('usage: script')\n")
+    (folder / "typo.py").write_text("def build(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    importlib.invalidate_caches()
+    yield "own_nets.tiny"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own_nets"]:
+        del sys.modules[name]
+
+
+def test_a_function_of_ones_own_gets_classes_channels_and_options(own_module):
+    net = network(f"{own_module}:build", classes=5, in_channels=1, width=9)
+    assert sys.modules[own_module].seen == [(5, 1, 9)]
+    assert net(torch.randn(2, 1, 6, 6)).shape == (2, 5)
+
+
+def test_a_class_is_a_factory_too(own_module):
+    assert type(network(f"{own_module}:Tiny")).__name__ == "Tiny"
+
+
+def test_the_current_directory_comes_last_so_that_it_hides_nothing(own_module, tmp_path):
+    before = list(sys.path)
+    network(f"{own_module}:build")
+    network(f"{own_module}:build")
+    assert sys.path == [*before, str(tmp_path)]
+
+
+def refusal(name, **options):
+    with pytest.raises(ConfigError) as caught:
+        network(name, **options)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["own_nets/tiny.py:build", "own_nets.tiny:", ":build", "own_nets.tiny:a.b", "a:b:c"])
+def test_what_is_no_function_in_a_module_is_refused(own_module, name):
+    error = refusal(name)
+    assert error.problem == "this is not the name of a function in a module"
+    assert (error.where, error.got) == ("architecture", name)
+    assert error.allowed == "module:function, for example my_nets.tiny:build"
+    assert error.hint == "write the module as in an import: dots between folders, no .py"
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("no_nets:build", "no_nets"), ("no_nets.tiny:build", "no_nets"), ("own_nets.absent:build", "own_nets.absent")],
+)
+def test_a_module_that_is_not_there_is_named_with_where_it_was_looked_for(own_module, tmp_path, name, missing):
+    error = refusal(name)
+    assert (error.problem, error.where, error.got) == ("there is no such module", "architecture", name)
+    assert error.allowed == "a module that is installed, on PYTHONPATH, or in the current directory"
+    assert error.hint.startswith(f"no {missing} here in {tmp_path};")
+
+
+@pytest.mark.parametrize(
+    ("module", "got"),
+    [
+        ("own_nets.half", "ModuleNotFoundError: No module named 'no_such_library_anywhere'"),
+        ("own_nets.script", "SystemExit: usage: script"),
+        ("own_nets.typo", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_fails_on_import_says_why(own_module, module, got):
+    error = refusal(f"{module}:build")
+    assert (error.problem, error.where) == ("the module cannot be imported", "architecture")
+    assert error.allowed == f"import {module} works"
+    assert error.got.startswith(got)
+
+
+@pytest.mark.parametrize(
+    ("function", "hint"),
+    [("biuld", "did you mean own_nets.tiny:build?"), ("table", None), ("zzz", None)],
+)
+def test_a_function_that_is_not_in_the_module_is_refused_with_those_that_are(own_module, function, hint):
+    error = refusal(f"{own_module}:{function}")
+    assert (error.problem, error.where) == ("the module has no such function", "architecture")
+    assert error.allowed == "Tiny, broken, build, nothing, positional"
+    assert (error.got, error.hint) == (f"{own_module}:{function}", hint)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "hint"),
+    [
+        ("broken", {}, "ZeroDivisionError: no layers"),
+        ("broken", {"depth": 3}, "TypeError: broken() got an unexpected keyword argument 'depth'"),
+        ("build", {"num_classes": 3}, "TypeError: "),
+        ("positional", {}, "TypeError: "),
+    ],
+)
+def test_a_factory_that_raises_is_quoted(own_module, function, options, hint):
+    error = refusal(f"{own_module}:{function}", **options)
+    assert error.problem == f"{own_module}:{function} cannot be built with these options"
+    assert (error.where, error.got) == ("options", str(options))
+    assert error.hint.startswith(hint)
+    assert "at all" not in str(error), "one line is enough"
+
+
+def test_a_factory_that_gives_something_else_is_refused(own_module):
+    error = refusal(f"{own_module}:nothing")
+    assert (error.problem, error.where, error.got) == ("the factory gives no network", "architecture", "dict")
+    assert error.allowed == "own_nets.tiny:nothing returns a torch.nn.Module"
+
+
+# -- logits ------------------------------------------------------------------------------------------------
+
+
+class Answers(nn.Module):
+    """Whatever it is given to answer."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+def test_a_network_that_classifies_passes_and_sees_images_of_its_own_shape():
+    seen = []
+    net = Answers(lambda x: (seen.append(tuple(x.shape)), torch.zeros(len(x), 3))[1])
+    models.require_logits(net, PreprocessingConfig(size_px=9, channels=1, mean=(0.5,), std=(0.5,)), 3)
+    assert seen == [(2, 1, 9, 9)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda x: torch.zeros(len(x), 4), "[2, 4]"),
+        (lambda x: torch.zeros(len(x), 3, 1, 1), "[2, 3, 1, 1]"),
+        (lambda x: (torch.zeros(len(x), 3),), "tuple"),
+    ],
+)
+def test_a_network_that_answers_otherwise_is_refused(answer, got):
+    with pytest.raises(ConfigError, match="the network gives no logits for these classes") as caught:
+        models.require_logits(Answers(answer), PreprocessingConfig(size_px=8), 3)
+    assert caught.value.where == "architecture"
+    assert caught.value.allowed == "one tensor, [2, 3] for two images of 3 classes"
+    assert caught.value.got == got
+
+
+def test_a_network_for_another_size_is_refused_with_what_it_says():
+    with pytest.raises(ConfigError, match="the network refuses such images") as caught:
+        models.require_logits(small_vit(), PreprocessingConfig(size_px=20), 3)
+    assert caught.value.where == "preprocessing"
+    assert caught.value.got == "20 x 20 pixels, channels: 3"
+    assert caught.value.hint == "AssertionError: Wrong image height! Expected 32 but got 20!"
 
 
 def test_building_downloads_nothing_and_leaves_random_weights():
@@ -659,6 +929,108 @@ def test_normalised_images_lie_in_memory_channel_by_channel():
     # (https://github.com/uxlfoundation/oneDNN/issues/6035).
     preprocessing = PreprocessingConfig(size_px=6)
     assert models.Normalised(nn.Identity(), preprocessing)(models.example_pixels(preprocessing)).is_contiguous()
+
+
+def preprocessing_of(size_px, channels, interpolation="bilinear"):
+    mean, std = ((0.1, 0.5, 0.7), (0.2, 0.3, 0.4)) if channels == 3 else ((0.3,), (0.5,))
+    return PreprocessingConfig(size_px=size_px, channels=channels, interpolation=interpolation, mean=mean, std=std)
+
+
+def pictures(height, width, channels, count=3):
+    """Smooth shapes, hard edges and noise, uint8 [N, H, W, C]."""
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[:height, :width]
+    phases = generator.uniform(0, 6, (count, 1, 1, channels))
+    waves = 127 + 120 * np.sin(rows / 3 + columns / 5)[None, :, :, None] * np.cos(phases)
+    waves[0] = 255 * ((rows // 4 + columns // 4) % 2)[:, :, None]
+    waves[1] = generator.integers(0, 256, (height, width, channels))
+    return waves.astype(np.uint8)
+
+
+def pixels_of(normalised, preprocessing):
+    """Back to [0, 255], [N, H, W, C]."""
+    mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
+    return 255 * (normalised.numpy().transpose(0, 2, 3, 1) * std + mean)
+
+
+def by_pillow(image, preprocessing):
+    picture = Image.fromarray(image.squeeze())
+    if preprocessing.channels == 1:
+        picture = picture.convert("L")
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    side = preprocessing.size_px
+    picture = picture.resize((side, side), filters[preprocessing.interpolation])
+    return np.asarray(picture.convert("RGB") if preprocessing.channels == 3 else picture).reshape(
+        preprocessing.shape_hwc
+    )
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(32, 32), (33, 33), (12, 12), (20, 31)])
+@pytest.mark.parametrize(("channels", "wanted"), [(3, 3), (1, 1), (3, 1), (1, 3)])
+def test_images_of_another_size_become_what_pillow_makes_of_them(shape, channels, wanted, interpolation):
+    preprocessing = preprocessing_of(16, wanted, interpolation)
+    given = pictures(*shape, channels)
+    ours = pixels_of(models.Normalised(nn.Identity(), preprocessing)(torch.from_numpy(given)), preprocessing)
+    expected = np.stack([by_pillow(image, preprocessing) for image in given]).astype(float)
+    difference = np.abs(ours - expected)
+    assert difference.max() < 1.01, "Pillow's fixed-point arithmetic may round to a neighbour"
+    assert (difference > 0.5).mean() < 0.05, "and seldom does"
+    np.testing.assert_allclose(ours, np.rint(ours), atol=1e-3)
+
+
+def test_shrinking_without_a_wider_filter_would_be_seen():
+    # Guards the test above: plain bilinear interpolation skips pixels and is far off.
+    given = torch.from_numpy(pictures(48, 48, 3)).permute(0, 3, 1, 2).float()
+    preprocessing = preprocessing_of(16, 3)
+    plain = nn.functional.interpolate(given, (16, 16), mode="bilinear")
+    assert (models.fitted(given, preprocessing) - plain).abs().max() > 50
+
+
+def test_colour_becomes_grey_exactly_as_pillow_does_it():
+    preprocessing = preprocessing_of(64, 1)
+    generator = np.random.default_rng(1)
+    given = generator.integers(0, 256, (16, 64, 64, 3)).astype(np.uint8)
+    given[0, 0, :8] = [[255 * (n & 1), 255 * (n >> 1 & 1), 255 * (n >> 2)] for n in range(8)]
+    ours = models.fitted(torch.from_numpy(given).permute(0, 3, 1, 2).float(), preprocessing).numpy()
+    expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in given])
+    np.testing.assert_array_equal(ours[:, 0], expected)
+
+
+def test_grey_becomes_colour_by_repetition():
+    given = torch.from_numpy(pictures(16, 16, 1))
+    ours = models.fitted(given.permute(0, 3, 1, 2).float(), preprocessing_of(16, 3))
+    assert torch.equal(ours, given.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1))
+
+
+def test_images_that_fit_are_not_touched(monkeypatch):
+    monkeypatch.delattr(models, "fitted")
+    for channels in (1, 3):
+        preprocessing = preprocessing_of(16, channels)
+        models.Normalised(nn.Identity(), preprocessing)(torch.from_numpy(pictures(16, 16, channels)))
+
+
+@pytest.mark.parametrize(("channels", "wanted"), [(3, 3), (3, 1), (1, 3)])
+def test_images_made_to_fit_lie_in_memory_channel_by_channel_too(channels, wanted):
+    given = torch.from_numpy(pictures(20, 20, channels))
+    made = models.Normalised(nn.Identity(), preprocessing_of(16, wanted))(given)
+    assert made.is_contiguous()
+    assert made.stride() == torch.empty(made.shape).stride()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_graph_of_images_that_fit_has_no_operation_but_the_normalisation(channels):
+    preprocessing = preprocessing_of(8, channels)
+    graph = engine.to_onnx(
+        models.Normalised(nn.Identity(), preprocessing).eval(),
+        models.example_pixels(preprocessing),
+        input_name="pixels",
+        output_names=["x"],
+    )
+    assert {node.op_type for node in onnx.load_from_string(graph).graph.node} <= {"Transpose", "Cast", "Sub", "Mul"}
+    pixels = models.example_pixels(preprocessing, images=5)
+    [ours] = engine.OnnxEngine(graph).run(pixels.numpy())
+    np.testing.assert_allclose(ours, models.Normalised(nn.Identity(), preprocessing)(pixels).numpy(), atol=1e-5)
 
 
 def test_example_pixels_are_the_same_every_time_and_use_the_whole_range():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from pu_ray.storage import Storage
 
 # A job without a cascade has no such step.
 ALL = [step.name for step in STEPS if step.only_if is None]
-SOURCES = {name: f"{name} as it is" for name in ("teacher", "lake", "lake_base", "labeled", "test", "truth")}
+SOURCES = {
+    name: f"{name} as it is" for name in ("teacher", "lake", "lake_base", "labeled", "test", "truth", "metadata")
+}
 
 
 def identities(made: JobConfig, sources: dict[str, str] | None = None) -> dict[str, str]:
@@ -102,6 +105,10 @@ DEPENDENTS = {
         ("distill.augment.horizontal_flip=false", "distill"),
         ("resources.train.gpus=1", "distill"),
         ("evaluation.gate.max_gap_to_teacher=1", "evaluate"),
+        ("evaluation.gate.min_accuracy=0.9", "evaluate"),
+        ("evaluation.metadata=s3://moved/metadata.csv evaluation.slices=[site]", "evaluate"),
+        ("student.preprocessing.size_px=8", "distill"),
+        ("export.max_int8_accuracy_drop=1", "export"),
         ("export.opset=19", "export"),
         ("export.formats=[safetensors]", "export"),
         ("name=other", "export"),
@@ -122,7 +129,7 @@ DEPENDENTS = {
 def test_changing_a_setting_changes_exactly_the_steps_that_depend_on_it(tmp_path, override, first):
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(settings()))
-    overrides = override.split(" ") if " scorer" in override else [override]
+    overrides = re.split(r" (?=scorer|evaluation)", override)
     before = identities(config.load(path, [], {}).job)
     after = identities(config.load(path, overrides, {}).job)
     assert changed(before, after) == DEPENDENTS[first]
@@ -130,7 +137,14 @@ def test_changing_a_setting_changes_exactly_the_steps_that_depend_on_it(tmp_path
 
 @pytest.mark.parametrize(
     ("source", "first"),
-    [("teacher", "features"), ("lake_base", "fit"), ("labeled", "fit"), ("test", "select"), ("truth", "evaluate")],
+    [
+        ("teacher", "features"),
+        ("lake_base", "fit"),
+        ("labeled", "fit"),
+        ("test", "select"),
+        ("truth", "evaluate"),
+        ("metadata", "evaluate"),
+    ],
 )
 def test_changing_a_source_changes_exactly_the_steps_that_depend_on_it(source, first):
     after = identities(job(), {**SOURCES, source: "changed"})
@@ -339,6 +353,12 @@ def test_good_inputs_pass(inputs):
         ({"test": {"uri": "absent"}}, "test.uri", "folder", "missing"),
         ({"lake": {"uri": "absent"}}, "lake.uri", "folder or file", "missing"),
         ({"lake": {"truth": "absent.parquet"}}, "lake.truth", "file", "missing"),
+        (
+            {"evaluation": {"metadata": "absent.csv", "slices": ["site"]}},
+            "evaluation.metadata",
+            "file",
+            "missing",
+        ),
     ],
 )
 def test_a_wrong_path_names_the_field_what_is_wanted_and_what_is_there(
@@ -366,6 +386,42 @@ def test_a_wrong_network_names_the_field(inputs, sections, field):
     assert caught.value.allowed
 
 
+GREY = {"size_px": 12, "channels": 1, "mean": [0.5], "std": [0.5]}
+
+
+def own_network(inputs, monkeypatch, name, body):
+    (inputs / f"{name}.py").write_text(f"from torch import nn\n\ndef build(num_classes, in_chans):\n    {body}\n")
+    monkeypatch.syspath_prepend(inputs)
+
+
+def test_a_network_of_ones_own_passes(inputs, monkeypatch):
+    body = "return nn.Sequential(nn.Conv2d(in_chans, num_classes, 12), nn.Flatten())"
+    own_network(inputs, monkeypatch, "own_good", body)
+    good = {"architecture": "own_good:build", "preprocessing": GREY}
+    pipeline.check_networks(job(inputs, student=good), ["student"])
+
+
+def test_the_student_is_checked_with_its_own_images(inputs):
+    student = {"architecture": "torchvision/resnet18", "preprocessing": GREY}
+    with pytest.raises(ConfigError, match="torchvision's networks take colour images") as caught:
+        pipeline.check_networks(job(inputs, student=student), ["student"])
+    assert caught.value.where == "student.preprocessing.channels"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field"),
+    [("absent_nets:build", "architecture"), ("own_raises:build", "options"), ("own_deaf:build", "architecture")],
+)
+def test_a_wrong_network_of_ones_own_stops_before_a_cluster_starts(world, monkeypatch, architecture, field):
+    own_network(world.root, monkeypatch, "own_raises", "raise OSError('no weights')")
+    # It ignores the number of classes.
+    own_network(world.root, monkeypatch, "own_deaf", "return nn.Sequential(nn.Flatten(), nn.LazyLinear(77))")
+    with pytest.raises(ConfigError) as caught:
+        world.run(student={"architecture": architecture})
+    assert caught.value.where == f"student.{field}"
+    assert (world.sessions, world.ran) == (0, [])
+
+
 # -- running: the stages are stubs -------------------------------------------------------------------------
 
 
@@ -390,7 +446,13 @@ class World:
                 raise KeyboardInterrupt
             facts = dict(FACTS[step.name])
             if step.name == "evaluate":
-                facts["gate"] = {"passed": self.gate_passed, "gap_to_teacher": 2.0, "allowed": 1.0}
+                violated = {"setting": "max_gap_to_teacher", "bound": 1.0, "got": 2.0}
+                facts["gate"] = {
+                    "passed": self.gate_passed,
+                    "gap_to_teacher": 2.0,
+                    "bounds": {"max_gap_to_teacher": 1.0},
+                    "violated": [] if self.gate_passed else [violated],
+                }
             return Publication(step.name, identity, inputs, made.seed).publish(
                 target, counts=COUNTS[step.name], facts=facts
             )
@@ -530,7 +592,7 @@ def test_a_verb_runs_its_own_stages_alone(world):
 
 @pytest.mark.parametrize(
     ("verb", "needed"),
-    [("fit", "features"), ("score", "features"), ("select", "features"), ("distill", "fit"), ("export", "select")],
+    [("fit", "features"), ("score", "features"), ("select", "features"), ("distill", "fit"), ("export", "fit")],
 )
 def test_a_verb_whose_input_is_missing_names_the_command_that_makes_it(world, verb, needed):
     with pytest.raises(DataError, match="missing or out of date") as caught:

@@ -153,16 +153,28 @@ def test_a_run_is_summarised_as_far_as_it_has_come(tmp_path, upto):
 @pytest.mark.parametrize(
     ("gate", "expected"),
     [
-        ({"passed": True, "gap_to_teacher": 1.234, "allowed": None}, "the student is 1.23 points behind its teacher"),
-        ({"passed": True, "gap_to_teacher": -0.5, "allowed": None}, "the student is 0.50 points ahead of its teacher"),
-        ({"passed": True, "gap_to_teacher": 1.0, "allowed": 2.0}, "passed: the student is 1.00 points behind its"),
-        ({"passed": False, "gap_to_teacher": 3.0, "allowed": 2.5}, "failed the quality gate: the student is 3.00"),
+        ((1.234, {}, []), "the student is 1.23 points behind its teacher"),
+        ((-0.5, {}, []), "the student is 0.50 points ahead of its teacher"),
+        (
+            (1.0, {"max_gap_to_teacher": 2.0}, []),
+            "passed: the student is 1.00 points behind its teacher, 2 are allowed",
+        ),
+        (
+            (3.0, {"max_gap_to_teacher": 2.5}, [("max_gap_to_teacher", 2.5, 3.0)]),
+            "failed the quality gate: the student is 3.00 points behind its teacher, 2.5 are allowed",
+        ),
+        ((1.0, {"min_accuracy": 0.9}, []), "passed: the student is 1.00 points behind its teacher"),
+        (
+            (1.0, {"min_accuracy": 0.9}, [("min_accuracy", 0.9, 0.85)]),
+            "failed the quality gate: the student is 1.00 points behind its teacher; min accuracy 0.9, got 0.8500",
+        ),
     ],
 )
 def test_the_verdict_says_which_way_the_gap_goes_and_what_the_gate_says(tmp_path, gate, expected):
-    verdict = summarise(make(tmp_path, "evaluate", facts={"evaluate": {"gate": gate}}))["verdict"]
-    assert verdict.startswith(expected)
-    assert ("are allowed" in verdict) == (gate["allowed"] is not None)
+    gap, bounds, violated = gate
+    broken = [{"setting": setting, "bound": bound, "got": got} for setting, bound, got in violated]
+    judged = {"passed": not violated, "gap_to_teacher": gap, "bounds": bounds, "violated": broken}
+    assert summarise(make(tmp_path, "evaluate", facts={"evaluate": {"gate": judged}}))["verdict"] == expected
 
 
 def test_rates_are_images_of_this_attempt_per_second(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import plan
-from pu_ray.config import JobConfig, NetworkConfig
+from pu_ray.config import JobConfig, NetworkConfig, PreprocessingConfig
 from pu_ray.errors import ConfigError
 
 MakeJob = Callable[..., JobConfig]
@@ -36,9 +36,10 @@ def test_many_shards_are_sampled_and_that_is_said(
     assert any("projected by bytes from 20 of 45 shards" in text for text in made.assumptions)
 
 
-def test_operations_are_those_of_the_literature(make_job: MakeJob) -> None:
+def test_operations_are_those_of_the_literature() -> None:
     # He et al.'s ResNet-18 in its CIFAR form has 557 million multiply-adds (METHOD, section 1).
-    gflop = plan.gflop_per_image(make_job(), NetworkConfig(architecture="cifar/resnet18-w64"))
+    network = NetworkConfig(architecture="cifar/resnet18-w64")
+    gflop = plan.gflop_per_image(network, PreprocessingConfig(size_px=32))
     assert gflop == pytest.approx(2 * 0.557, rel=0.01)
 
 
@@ -109,7 +110,7 @@ def test_every_refusal_shows_at_once(make_job: MakeJob, tmp_path: Path, prices: 
     assert len(made.refusals) == 3
     assert "the lake holds no images" in made.refusals[0]
     assert "labeled.uri" in made.refusals[1]
-    assert "unknown network" in made.refusals[2]
+    assert "there is no residual network of this depth" in made.refusals[2]
     assert made.exit_status == 3
     assert "This job would be refused" in plan.render(made)
     assert made.needs

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
+from threading import Event
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from pu_ray import ledger, schema
-from pu_ray.config import AugmentConfig, PreprocessingConfig
-from pu_ray.distill.data import Batches, PixelStore, labeled_by_role, mined_images
+from pu_ray.config import AugmentConfig
+from pu_ray.distill.data import NO_LABEL, Batches, Source, ahead, labeled_by_role, mined_images, taught_images
+from pu_ray.distill.store import InMemory
 from pu_ray.errors import DataError
 from pu_ray.lake import LabeledImages
 from pu_ray.ledger import ShardEntry
@@ -33,7 +33,8 @@ def numbers(batch):
 
 
 def batches(mined=20, labeled=6, size=8, share="auto", augment=PLAIN, seed=0, rank=0):
-    return Batches(numbered(0, mined), numbered(200, labeled), size, share, augment, seed, rank)
+    sources = (Source(InMemory(numbered(*place))) for place in ((0, mined), (200, labeled)))
+    return Batches(*sources, size, share, augment, seed, rank)
 
 
 # -- which images ------------------------------------------------------------------------------------------
@@ -42,11 +43,11 @@ def batches(mined=20, labeled=6, size=8, share="auto", augment=PLAIN, seed=0, ra
 def test_a_batch_is_a_function_of_seed_rank_and_step_alone():
     one, same = batches(augment=FULL), batches(augment=FULL)
     for step in (7, 0, 3, 7):  # in any order, as after a restart
-        np.testing.assert_array_equal(one.at(step), same.at(step))
-    reference = numbers(batches().at(3))
-    assert numbers(batches(seed=1).at(3)) != reference
-    assert numbers(batches(rank=1).at(3)) != reference
-    assert numbers(batches().at(4)) != reference
+        np.testing.assert_array_equal(one.at(step).pixels, same.at(step).pixels)
+    reference = numbers(batches().at(3).pixels)
+    assert numbers(batches(seed=1).at(3).pixels) != reference
+    assert numbers(batches(rank=1).at(3).pixels) != reference
+    assert numbers(batches().at(4).pixels) != reference
 
 
 @pytest.mark.parametrize(("mined", "labeled", "size"), [(20, 6, 8), (20, 6, 13), (3, 2, 8), (50, 0, 7), (0, 9, 4)])
@@ -57,7 +58,7 @@ def test_auto_shows_every_image_once_per_epoch_across_the_ends_of_batches(mined,
     stream = []
     for step in range(4 * images):
         batch = draw._draw(step)
-        rows = np.concatenate([source[rows] for source, rows in batch])
+        rows = np.concatenate([source.images.take(rows) for source, rows, _ in batch])
         assert len(rows) == size
         stream.append(sorted(numbers(rows)))
     # Within a batch the order is free, so epochs are compared by counts: after every whole number of epochs that is
@@ -73,7 +74,7 @@ def test_auto_shows_every_image_once_per_epoch_across_the_ends_of_batches(mined,
 
 def test_epochs_are_shuffled_anew():
     draw = batches(mined=16, labeled=0, size=16)
-    epochs = [numbers(draw.at(step)) for step in range(3)]
+    epochs = [numbers(draw.at(step).pixels) for step in range(3)]
     assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -82,107 +83,126 @@ def test_epochs_are_shuffled_anew():
 def test_an_explicit_share_of_labeled_images_is_met_in_every_batch(share, expected):
     draw = batches(share=share)
     for step in range(10):
-        batch = numbers(draw.at(step))
+        batch = numbers(draw.at(step).pixels)
         assert len(batch) == 8
         assert sum(number >= 200 for number in batch) == expected
 
 
 def test_with_an_explicit_share_both_sources_go_round():
     draw = batches(mined=20, labeled=6, size=8, share=0.25)
-    seen = [number for step in range(10) for number in numbers(draw.at(step))]
+    seen = [number for step in range(10) for number in numbers(draw.at(step).pixels)]
     mined, labeled = [n for n in seen if n < 200], [n for n in seen if n >= 200]
     assert sorted(mined) == sorted(list(range(20)) * 3)  # 60 draws
     assert sorted(labeled[:18]) == sorted(list(range(200, 206)) * 3)  # 20 draws: three rounds and two more
 
 
 def test_a_share_of_labeled_images_is_dropped_where_there_are_none():
-    assert sorted(numbers(batches(mined=8, labeled=0, share=0.5).at(0))) == list(range(8))
+    assert sorted(numbers(batches(mined=8, labeled=0, share=0.5).at(0).pixels)) == list(range(8))
 
 
-# -- augmentation ------------------------------------------------------------------------------------------
+# -- what a batch brings -----------------------------------------------------------------------------------
 
 
 def textured(count=40, side=12):
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def augmented(augment, step=0, count=40):
-    pixels = textured(count)
-    draw = Batches(pixels, pixels[:0], count, "auto", augment, 0)
-    [(_, rows), _] = draw._draw(step)
-    return pixels[rows], draw.at(step)
+def source(pixels, **more):
+    return Source(InMemory(pixels), **more)
 
 
-def test_without_augmentation_images_stay_as_they_are():
-    plain, ours = augmented(PLAIN)
-    np.testing.assert_array_equal(ours, plain)
-
-
-def test_augmentation_keeps_shape_and_type_and_differs_by_step():
-    plain, ours = augmented(FULL)
-    assert ours.shape == plain.shape
-    assert ours.dtype == np.uint8
-    assert ours.flags.c_contiguous
-    assert not np.array_equal(ours, plain)
-    one_image = Batches(textured(1), textured(1)[:0], 1, "auto", FULL, 0)
-    assert len({one_image.at(step).tobytes() for step in range(12)}) > 6
-
-
-def test_flips_mirror_about_half_of_the_images_left_to_right():
-    plain, ours = augmented(AugmentConfig(crop_padding_px=0, horizontal_flip=True), count=400)
-    same = (ours == plain).all(axis=(1, 2, 3))
-    mirrored = (ours == plain[:, :, ::-1]).all(axis=(1, 2, 3))
-    assert (same ^ mirrored).all()
-    assert 150 < mirrored.sum() < 250
-
-
-def test_crops_are_windows_of_the_padded_image_at_every_offset():
-    plain, ours = augmented(AugmentConfig(crop_padding_px=2, horizontal_flip=False), count=400)
-    padded = np.pad(plain, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    offsets = set()
-    for image, crop in zip(padded, ours, strict=True):
-        found = [
-            (t, left) for t in range(5) for left in range(5) if (image[t : t + 12, left : left + 12] == crop).all()
-        ]
-        assert found, "not a window"
-        offsets.add(found[0])
-    assert len(offsets) == 25
-
-
-def test_the_stored_images_are_never_changed():
+def test_crops_differ_from_step_to_step_and_images_are_never_changed():
     pixels = textured()
     before = pixels.copy()
-    draw = Batches(pixels, pixels[:0], 16, "auto", FULL, 0)
-    for step in range(5):
-        draw.at(step)[:] = 0
+    draw = Batches(source(pixels), source(pixels[:0]), 16, "auto", FULL, 0)
+    seen = set()
+    for step in range(6):
+        batch = draw.at(step).pixels
+        seen.add(batch.tobytes())
+        batch[:] = 0
+    assert len(seen) == 6
     np.testing.assert_array_equal(pixels, before)
 
 
-# -- the decoded store -------------------------------------------------------------------------------------
-
-PREPROCESSING = PreprocessingConfig(size_px=4)
-
-
-def png(value):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (value, value, value)).save(buffer, "PNG")
-    return buffer.getvalue()
+def test_labeled_images_bring_their_class_and_mined_ones_none():
+    labels = np.arange(6) % 3
+    draw = Batches(source(numbered(0, 20)), source(numbered(200, 6), labels=labels), 8, "auto", PLAIN, 0)
+    for step in range(8):
+        batch = draw.at(step)
+        for number, label in zip(numbers(batch.pixels), batch.labels, strict=True):
+            assert label == (labels[number - 200] if number >= 200 else NO_LABEL)
 
 
-def test_a_store_holds_the_decoded_images_in_order_and_cleans_up():
-    store = PixelStore((png(value) for value in (3, 1, 2)), 3, PREPROCESSING)
-    assert len(store) == 3
-    assert store.pixels.shape == (3, 4, 4, 3)
-    assert numbers(store.pixels) == [3, 1, 2]
-    folder = store._folder.name
-    store._folder.cleanup()
-    assert not Storage(folder).exists()
+class Stored:
+    """Answers that tell which visit of which image they belong to; the crop flips every other visit."""
+
+    def take(self, rows, visits):
+        crops = np.tile(np.array([0, 0, 4, 4, 0], np.int16), (len(rows), 1))
+        crops[:, 4] = visits % 2
+        return crops, np.stack([rows, visits], axis=1).astype(np.float32)
+
+    def mean_probabilities(self, rows):
+        raise AssertionError
 
 
-def test_an_empty_store_is_possible():
-    store = PixelStore([], 0, PREPROCESSING)
-    assert len(store) == 0
-    assert store.pixels.shape == (0, 4, 4, 3)
+def test_stored_answers_come_with_their_own_crops_and_count_the_visits():
+    pixels = textured(10, side=4)
+    stored = Source(InMemory(pixels), Stored())
+    draw = Batches(stored, Source(InMemory(pixels[:0]), Stored()), 4, "auto", FULL, 0)
+    visits = {row: [] for row in range(10)}
+    for step in range(10):
+        batch = draw.at(step)
+        for image, (row, visit) in zip(batch.pixels, batch.teacher.astype(int), strict=True):
+            visits[row].append(visit)
+            expected = pixels[row][:, ::-1] if visit % 2 else pixels[row]
+            np.testing.assert_array_equal(image, expected)
+    assert all(seen == [0, 1, 2, 3] for seen in visits.values())
+
+
+def test_without_stored_answers_a_batch_has_none():
+    assert batches().at(0).teacher is None
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [8]), (3, [3, 3, 2]), (8, [1] * 8), (20, [1] * 8)])
+def test_the_parts_of_a_batch_are_the_batch(count, sizes):
+    pixels = textured(10, side=4)
+    draw = Batches(Source(InMemory(pixels), Stored()), Source(InMemory(pixels[:0]), Stored()), 8, "auto", PLAIN, 0)
+    batch = draw.at(0)
+    parts = list(batch.parts(count))
+    assert [len(part) for part in parts] == sizes
+    for name in ("pixels", "labels", "teacher"):
+        np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(batch, name))
+
+
+# -- ahead of time -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_that_are_prepared_ahead_come_in_order(threads):
+    def slow_for_even(step):
+        Event().wait(0.005 * (step % 2 == 0))
+        return step
+
+    assert list(ahead(slow_for_even, 5, 25, threads)) == list(range(5, 25))
+
+
+def test_no_more_is_prepared_than_threads_can_hold():
+    prepared = []
+    stream = ahead(lambda step: prepared.append(step) or step, 0, 100, 2)
+    assert next(stream) == 0
+    assert max(prepared) <= 2
+
+
+def test_what_goes_wrong_while_preparing_stops_the_training():
+    def broken(step):
+        if step == 2:
+            raise DataError("an image is broken")
+        return step
+
+    stream = ahead(broken, 0, 5, 1)
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(DataError, match="an image is broken"):
+        next(stream)
 
 
 # -- dealing to workers ------------------------------------------------------------------------------------
@@ -254,6 +274,9 @@ def test_labeled_images_are_found_again_by_content_and_not_by_place(tmp_path):
     assert train.labels.tolist() == [0, 2, 1]
     assert train.encoded == [b"0", b"2", b"4"]
     assert sum(len(labeled_by_role(labeled, storage, role)) for role in set(roles)) == 6
+    taught = taught_images(labeled, storage)
+    assert taught.names == ["c/0.png", "c/2.png", "c/4.png", "c/3.png"], "all but those that choose the student"
+    assert taught.labels.tolist() == [0, 2, 1, 0]
 
 
 def test_a_labeled_image_that_the_fit_never_saw_is_named(tmp_path):

@@ -10,9 +10,11 @@ from torch import nn
 
 from pu_ray import models
 from pu_ray.config import AugmentConfig, DistillConfig, LossesConfig, OptimizerConfig, PreprocessingConfig
-from pu_ray.distill import loop, losses, robust
-from pu_ray.distill.data import Batches
-from pu_ray.distill.loop import Adversary, State, total_steps
+from pu_ray.distill import loop
+from pu_ray.distill.adversary import Adversary
+from pu_ray.distill.data import Batch, Batches, Source
+from pu_ray.distill.loop import State, total_steps
+from pu_ray.distill.store import InMemory
 
 PREPROCESSING = PreprocessingConfig(size_px=8)
 CLASSES = 3
@@ -56,8 +58,12 @@ def pictures(count, seed):
 
 
 def new_batches(rank=0, world=1, size=16, **changes):
-    mined, labeled = pictures(80, 1)[0], pictures(16, 2)[0]
-    return Batches(mined[rank::world], labeled[rank::world], size, "auto", AugmentConfig(crop_padding_px=1), 0, rank)
+    mined, (labeled, labels) = pictures(80, 1)[0], pictures(16, 2)
+    sources = (
+        Source(InMemory(mined[rank::world])),
+        Source(InMemory(labeled[rank::world]), labels=labels[rank::world]),
+    )
+    return Batches(*sources, size, "auto", AugmentConfig(crop_padding_px=1), 0, rank)
 
 
 def new_student(seed=0):
@@ -102,11 +108,11 @@ class Watcher:
         self.images += images
 
 
-def train(student, config, watcher=None, checkpoint=None, batches=None):
+def train(student, config, watcher=None, checkpoint=None, batches=None, **changes):
     watcher = watcher or Watcher()
     return loop.train(
         student,
-        new_teacher(),
+        changes.pop("teacher", new_teacher()),
         batches or new_batches(),
         pictures(60, 3),
         config,
@@ -118,6 +124,7 @@ def train(student, config, watcher=None, checkpoint=None, batches=None):
         checkpoint=checkpoint,
         report=watcher.report,
         count_images=watcher.count,
+        **changes,
     )
 
 
@@ -157,7 +164,7 @@ def test_history_has_a_record_for_every_validation_and_says_what_happened():
     state = train(new_student(), settings(), watcher)
     assert [record["step"] for record in state.history] == watcher.states == [6, 12, 18, 24]
     assert watcher.images == 24 * 16
-    assert state.history[0].keys() == {"step", "loss", "lr", "validation_accuracy"}
+    assert state.history[0].keys() == {"step", "loss", "lr", "validation_accuracy", "time"}
     # Six steps into a one-cycle schedule of 24: past the warm-up, on the way down.
     assert state.history[0]["lr"] == pytest.approx(0.05 * (1 - (0.25 - 0.15) / 0.85))
 
@@ -226,6 +233,11 @@ def test_accuracy_is_taken_in_eval_mode_over_all_images():
     assert loop.accuracy_of(student.train(), normalise, (pixels, wrong), CPU) == pytest.approx(0.9)
 
 
+def told(state):
+    """The history without the times of the day."""
+    return [{name: value for name, value in record.items() if name != "time"} for record in state.history]
+
+
 # -- resume ------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +251,7 @@ def assert_resumes_exactly(config):
     state = train(resumed, config, again, watcher.checkpoints[12])
     for key, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
-    assert state.history == expected.history
+    assert told(state) == told(expected)
     assert (state.best_step, state.best_accuracy) == (expected.best_step, expected.best_accuracy)
     assert all(torch.equal(state.best_weights[key], value) for key, value in expected.best_weights.items())
     assert again.images == 12 * 16, "the first half is not done again"
@@ -263,13 +275,93 @@ def test_the_adversary_matters_so_that_its_restoring_is_tested():
     assert not torch.equal(exact.head.weight, none.head.weight)
 
 
+# -- batches in parts --------------------------------------------------------------------------------------
+
+
+def plain_student():
+    """No batch norm, which would see the parts."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+EVERYTHING = {"radius": 0.4, "standardise": True, "labeled": 0.7, "noise_matrix": 0.3}
+
+
+@pytest.mark.parametrize("parts", [2, 3, 16])
+def test_a_step_in_parts_is_the_step(parts):
+    whole, cut = plain_student(), plain_student()
+    train(whole, settings(losses=EVERYTHING, max_steps=6))
+    train(cut, settings(losses=EVERYTHING, max_steps=6, accumulate=parts))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(cut.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+# -- stored answers ----------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """What the teacher says of the plain images, as if it had been stored; one crop."""
+
+    def __init__(self, pixels):
+        self._pixels = pixels
+        with torch.no_grad():
+            self._logits = new_teacher()(torch.from_numpy(pixels))[1].numpy()
+
+    def take(self, rows, visits):
+        return np.tile(np.array([0, 0, 8, 8, 0], np.int16), (len(rows), 1)), self._logits[rows]
+
+    def mean_probabilities(self, rows):
+        return torch.softmax(torch.from_numpy(self._logits[rows]).double(), dim=1).numpy()
+
+
+def test_with_stored_answers_the_teacher_is_not_needed_and_the_student_is_the_same():
+    pixels = pictures(96, 1)[0]
+    plain = AugmentConfig(crop_padding_px=0, horizontal_flip=False)
+
+    def batches(answers):
+        sources = (Source(InMemory(pixels), answers), Source(InMemory(pixels[:0]), answers))
+        return Batches(*sources, 16, "auto", plain, 0)
+
+    asked, stored = new_student(), new_student()
+    train(asked, settings(), batches=batches(None))
+    train(stored, settings(), batches=batches(Recorded(pixels)), teacher=None)
+    for name, value in asked.state_dict().items():
+        torch.testing.assert_close(stored.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+# -- checkpoints and notices -------------------------------------------------------------------------------
+
+
+def test_checkpoints_come_as_often_as_asked_for_and_with_every_validation():
+    watcher = Watcher()
+    train(new_student(), settings(max_steps=10, validations=2, checkpoint_steps=4), watcher)
+    assert watcher.states == [4, 5, 8, 10]
+
+
+def test_before_its_machine_goes_a_worker_leaves_a_checkpoint_once():
+    watcher = Watcher()
+    notices = iter([False, True, True])
+    config = settings(max_steps=60, validations=1, checkpoint_steps=1000)
+    train(new_student(), config, watcher, leaving=lambda: next(notices, True))
+    assert watcher.states == [32, 60]
+
+
+def test_a_compiled_student_has_the_names_of_a_plain_one():
+    student = new_student()
+    compiled = []
+    student.compile = lambda: compiled.append(True)
+    state = train(student, settings(max_steps=2, compile=True))
+    assert compiled == [True]
+    assert state.best_weights.keys() == new_student().state_dict().keys()
+
+
 # -- class statistics --------------------------------------------------------------------------------------
 
 
 def test_class_statistics_agree_with_numpy():
     batches = new_batches()
-    images, soft, counts = loop._class_statistics(new_teacher(), batches, CLASSES, CPU)
-    pixels = np.concatenate([batches.mined, batches.labeled]) / 255
+    images, soft, counts = loop.class_statistics(new_teacher(), batches, CLASSES, CPU)
+    pixels = np.concatenate([source.images.take(np.arange(len(source))) for source in batches.sources]) / 255
     mean, std = np.array(PREPROCESSING.mean), np.array(PREPROCESSING.std)
     logits = 3 * ((pixels - mean) / std).mean(axis=(1, 2))
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -288,105 +380,20 @@ def test_class_statistics_count_classes_that_never_occur():
             return torch.tensor([[5.0, 0.0, 0.0, 0.0]]).expand(len(self.body(x)), 4)
 
     teacher = models.Normalised(models.Teacher(Sure(), ["body"]), PREPROCESSING)
-    _, soft, counts = loop._class_statistics(teacher, new_batches(), 4, CPU)
+    _, soft, counts = loop.class_statistics(teacher, new_batches(), 4, CPU)
     assert counts.tolist() == [96, 0, 0, 0]
     assert soft.sum() == pytest.approx(96)
 
 
-# -- the adversary -----------------------------------------------------------------------------------------
+# -- two workers -------------------------------------------------------------------------------------------
+
 
 SOFT, COUNTS = np.array([60.0, 30.0, 10.0]), np.array([58, 32, 10])
 
 
-def a_batch(seed=0, images=40):
+def a_batch(seed, images=40):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(images, generator=generator), torch.randint(0, 3, (images,), generator=generator)
-
-
-def test_without_class_weights_and_adversary_the_loss_is_the_plain_mean():
-    divergence, predicted = a_batch()
-    adversary = Adversary(LossesConfig(class_weights=False, robust="none"), SOFT, COUNTS, 0)
-    assert adversary.loss(divergence, predicted).item() == pytest.approx(divergence.mean().item())
-
-
-@pytest.mark.parametrize(("kind", "radius"), [("none", 0.3), ("exact", 0.0)])
-def test_a_radius_of_zero_is_plain_weighted_distillation(kind, radius):
-    divergence, predicted = a_batch()
-    adversary = Adversary(LossesConfig(robust=kind, radius=radius), SOFT, COUNTS, 0)
-    weights = np.array([1.0, 2.0, 6.0])  # 60 / soft counts, before the mean image weighs one
-    weights *= 100 / (weights @ COUNTS)
-    expected = (weights[predicted.numpy()] * divergence.numpy()).mean()
-    assert adversary.loss(divergence, predicted).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_exact_adversary_answers_the_running_means_of_the_classes():
-    adversary = Adversary(LossesConfig(radius=0.4), SOFT, COUNTS, 0)
-    sums, numbers = np.zeros(3), np.zeros(3)
-    for seed in range(4):
-        divergence, predicted = a_batch(seed)
-        ours = adversary.loss(divergence, predicted).item()
-        values, classes = divergence.numpy().astype(float), predicted.numpy()
-        sums = 0.9 * sums + [values[classes == k].sum() for k in range(3)]
-        numbers = 0.9 * numbers + [(classes == k).sum() for k in range(3)]
-        worst = robust.worst_weights(adversary.weights, sums / numbers, COUNTS / 100, 0.4)
-        assert not np.allclose(worst, adversary.weights)
-        assert ours == pytest.approx((worst[classes] * values).mean(), rel=1e-5)
-
-
-def test_a_class_that_no_batch_has_shown_is_no_reason_to_divide_by_zero():
-    adversary = Adversary(LossesConfig(radius=0.4), SOFT, COUNTS, 0)
-    divergence, _ = a_batch()
-    assert np.isfinite(adversary.loss(divergence, torch.zeros(40, dtype=torch.int64)).item())
-
-
-def test_gradients_flow_through_the_loss_and_not_through_the_weights():
-    divergence, predicted = a_batch()
-    divergence.requires_grad_(True)
-    adversary = Adversary(LossesConfig(radius=0.4), SOFT, COUNTS, 0)
-    adversary.loss(divergence, predicted).backward()
-    means = adversary.sums / adversary.counts
-    worst = robust.worst_weights(adversary.weights, means, COUNTS / 100, 0.4)
-    np.testing.assert_allclose(divergence.grad.numpy(), worst[predicted.numpy()] / 40, rtol=1e-5)
-
-
-@pytest.mark.parametrize("change", [0.5, -0.5])
-def test_the_papers_recipe_takes_the_larger_of_the_two_losses(monkeypatch, change):
-    # The published perturbation only ever adds; a maximum is a maximum only if it can also refuse the candidate.
-    seen = []
-
-    def candidate(weights, radius, generator):
-        seen.append((radius, isinstance(generator, np.random.Generator)))
-        return weights + change
-
-    monkeypatch.setattr(robust, "paper_perturbation", candidate)
-    adversary = Adversary(LossesConfig(robust="paper", radius=0.1), SOFT, COUNTS, 0)
-    # The paper's weights: inverse to the soft counts, summing to the number of classes: 1/60 : 1/30 : 1/10 = 1 : 2 : 6.
-    weights = np.array([1.0, 2.0, 6.0]) / 3
-    np.testing.assert_allclose(adversary.weights, weights)
-    divergence, predicted = a_batch()
-    values, classes = divergence.numpy(), predicted.numpy()
-    pair = [(v[classes] * values).mean() for v in (weights, weights + change)]
-    assert adversary.loss(divergence, predicted).item() == pytest.approx(max(pair), rel=1e-6)
-    assert seen == [(0.1, True)]
-
-
-def test_the_papers_perturbation_is_drawn_anew_at_every_step_and_depends_on_the_seed():
-    divergence, predicted = a_batch()
-    config = LossesConfig(robust="paper", radius=0.3)
-    one, same, other = (Adversary(config, SOFT, COUNTS, seed) for seed in (0, 0, 1))
-    values = [[adversary.loss(divergence, predicted).item() for _ in range(4)] for adversary in (one, same, other)]
-    assert values[0] == values[1] != values[2]
-    assert len(set(values[0])) == 4
-
-
-def test_an_adversary_goes_on_from_its_state():
-    one, other = (Adversary(LossesConfig(radius=0.4), SOFT, COUNTS, 0) for _ in range(2))
-    one.loss(*a_batch(1))
-    other.restore(one.state())
-    assert one.loss(*a_batch(2)).item() == other.loss(*a_batch(2)).item()
-
-
-# -- two workers -------------------------------------------------------------------------------------------
 
 
 def _as_one_of_two(rank, folder):
@@ -397,7 +404,8 @@ def _as_one_of_two(rank, folder):
     for seed in range(3):
         divergence, predicted = a_batch(seed)
         adversary.loss(divergence[rank::2], predicted[rank::2])
-    statistics = loop._class_statistics(new_teacher(), new_batches(rank, 2), CLASSES, CPU)
+        adversary.step()
+    statistics = loop.class_statistics(new_teacher(), new_batches(rank, 2), CLASSES, CPU)
     student, watcher = new_student(), Watcher()
     state = train(student, settings(max_steps=4, validations=1), watcher, batches=new_batches(rank, 2, size=8))
     result = {
@@ -407,8 +415,28 @@ def _as_one_of_two(rank, folder):
         "steps": state.step,
         "images": watcher.images,
     }
+    plain = plain_student()
+    train(plain, settings(losses=EVERYTHING | {"dist": 0.5}, max_steps=5), batches=halves(rank, 2))
+    result["plain"] = dict(plain.state_dict())
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+class Halves:
+    """The batches of one worker, each dealt out to several."""
+
+    def __init__(self, batches, rank, world):
+        self._batches, self._rank, self._world = batches, rank, world
+        self.sources = [] if rank else batches.sources  # counted once
+
+    def at(self, step):
+        batch = self._batches.at(step)
+        rows = slice(self._rank, None, self._world)
+        return Batch(batch.pixels[rows], batch.labels[rows], None)
+
+
+def halves(rank, world):
+    return Halves(new_batches(), rank, world)
 
 
 @pytest.fixture(scope="module")
@@ -424,13 +452,14 @@ def test_two_workers_have_the_adversary_of_one(two_workers):
     single = Adversary(LossesConfig(radius=0.4), SOFT, COUNTS, 0)
     for seed in range(3):
         single.loss(*a_batch(seed))
+        single.step()
     for worker in two_workers:
         np.testing.assert_allclose(worker["adversary"]["sums"], single.sums, rtol=1e-6)
         np.testing.assert_allclose(worker["adversary"]["counts"], single.counts)
 
 
 def test_two_workers_have_the_class_statistics_of_one(two_workers):
-    images, soft, counts = loop._class_statistics(new_teacher(), new_batches(), CLASSES, CPU)
+    images, soft, counts = loop.class_statistics(new_teacher(), new_batches(), CLASSES, CPU)
     for worker in two_workers:
         assert worker["statistics"][0] == images
         np.testing.assert_allclose(worker["statistics"][1], soft, rtol=1e-6)
@@ -445,7 +474,10 @@ def test_two_workers_end_with_the_same_student_and_count_all_images(two_workers)
     assert first["images"] == 4 * 16
 
 
-def test_the_losses_module_is_the_one_the_loop_uses():
-    # Guards the tests above: they check `losses` and `robust` apart, so the loop must not have its own.
-    assert loop.losses is losses
-    assert loop.robust is robust
+def test_two_workers_descend_every_loss_as_one_does(two_workers):
+    single = plain_student()
+    train(single, settings(losses=EVERYTHING | {"dist": 0.5}, max_steps=5), batches=halves(0, 1))
+    assert not torch.equal(single[0].weight, plain_student()[0].weight)
+    for worker in two_workers:
+        for name, value in single.state_dict().items():
+            torch.testing.assert_close(worker["plain"][name], value, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,101 @@
+"""Learning curves for others' viewers: TensorBoard always, MLflow where it is configured.
+
+A curve is a list of records, each a mapping from names to numbers with `step` and `time` (Unix, seconds) among them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pu_ray.config import TrackingConfig
+from pu_ray.errors import ClusterError, ConfigError
+
+EVENTS_FILE = "events.out.tfevents.0.pu-ray"
+_PLACES = ("step", "time")
+_MLFLOW_BATCH = 1000  # metrics of one request, MLflow's limit
+
+
+def tensorboard_events(curve: Sequence[Mapping[str, float]]) -> bytes:
+    """The curve as a TensorBoard event file.
+
+    The file is made from the whole curve each time, so that a run that was resumed leaves one, without gaps and
+    without steps told twice.
+    """
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder, write_to_disk=True) as writer:
+            for record in curve:
+                for name in sorted(record.keys() - set(_PLACES)):
+                    writer.add_scalar(name, record[name], int(record["step"]), walltime=record["time"])
+        (file,) = Path(folder).iterdir()
+        return file.read_bytes()
+
+
+def check(settings: TrackingConfig) -> None:
+    """Stop before hours of training whose curve nobody would receive.
+
+    Raises:
+        ConfigError: MLflow is configured and not installed.
+    """
+    if settings.mlflow_uri is not None and importlib.util.find_spec("mlflow") is None:
+        raise ConfigError(
+            "MLflow is not installed",
+            where="tracking.mlflow_uri",
+            got=settings.mlflow_uri,
+            hint="pip install 'pu-ray[mlflow]', or leave the setting out",
+        )
+
+
+def log_to_mlflow(
+    settings: TrackingConfig,
+    name: str,
+    parameters: Mapping[str, Any],
+    curve: Sequence[Mapping[str, float]],
+    tags: Mapping[str, str],
+) -> str:
+    """A finished run with its parameters and curve.
+
+    Args:
+        settings: Where to; `mlflow_uri` is set.
+        name: Of the run.
+        parameters: Settings by dotted path.
+        curve: See above.
+        tags: What else tells this run from others.
+
+    Returns:
+        MLflow's id of the run.
+
+    Raises:
+        ClusterError: MLflow does not take it.
+    """
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.exceptions import MlflowException
+
+    metrics = [
+        Metric(key, float(record[key]), int(record["time"] * 1000), int(record["step"]))
+        for record in curve
+        for key in sorted(record.keys() - set(_PLACES))
+    ]
+    try:
+        client = MlflowClient(settings.mlflow_uri)
+        found = client.get_experiment_by_name(settings.experiment)
+        experiment = found.experiment_id if found else client.create_experiment(settings.experiment)
+        run: str = client.create_run(experiment, run_name=name).info.run_id
+        given = [Param(key, str(value)[:500]) for key, value in parameters.items()]
+        for start in range(0, len(given), 100):
+            client.log_batch(run, params=given[start : start + 100])
+        client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
+        for start in range(0, len(metrics), _MLFLOW_BATCH):
+            client.log_batch(run, metrics=metrics[start : start + _MLFLOW_BATCH])
+        client.set_terminated(run)
+    except MlflowException as error:
+        raise ClusterError(
+            "MLflow does not take the run", where="tracking.mlflow_uri", got=str(error).partition("\n")[0]
+        ) from error
+    return run
