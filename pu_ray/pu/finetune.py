@@ -6,6 +6,8 @@ the artifact's folder.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from pu_ray import lake, models
@@ -65,7 +67,7 @@ def train(config: JobConfig, storage: Storage, prior: float, worker: Worker) -> 
         settings,
         config.seed,
         _Counting(worker),
-        leave_out=(lambda network: training.most_positive(network, streams)) if settings.kind == "ted" else None,
+        leave_out=partial(training.most_positive, streams=streams, prior=prior) if settings.kind == "ted" else None,
         precision=worker.precision,
         checkpoint=worker.checkpoint,
         report=lambda state, content: worker.report(

@@ -30,7 +30,7 @@ from pu_ray.lake import LabeledImages
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.progress import Progress
 from pu_ray.pu import finetune, risk, sample, scorers, threshold, training
-from pu_ray.pu.prior import Prior, pooled_prior
+from pu_ray.pu.prior import Fold, Prior, pooled_prior
 from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, fit_scorer, scores_of, streams_of
 from pu_ray.storage import Storage
 
@@ -75,7 +75,8 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         )
     unlabeled = torch.from_numpy(lake.to_matrix(drawn[schema.FEATURES]).astype(np.float32))
     frozen = streams_of(positive.features, unlabeled, roles)
-    prior, prior_source = _prior(config, positive.features, unlabeled, progress)
+    unlabeled_class = lake.to_matrix(drawn[schema.LOGITS]).argmax(axis=1)
+    prior, prior_source = _prior(config, positive, unlabeled, unlabeled_class, progress)
 
     target = storage.child("scorer")
     calibrate = torch.tensor([role == "calibrate" for role in roles])
@@ -205,7 +206,7 @@ def _best_head(
             settings,
             config.seed,
             progress,
-            leave_out=(lambda head: training.most_positive(head, streams)) if kind == "ted" else None,
+            leave_out=partial(training.most_positive, streams=streams, prior=prior.estimate) if kind == "ted" else None,
         )
     best, *others = fitted
     for kind in others:
@@ -251,9 +252,11 @@ def _finetune(
     return finetune.result(job, storage)
 
 
-def _prior(config: JobConfig, positive: Tensor, unlabeled: Tensor, progress: Progress) -> tuple[Prior, str]:
+def _prior(
+    config: JobConfig, labeled: _Seen, unlabeled: Tensor, unlabeled_class: Any, progress: Progress
+) -> tuple[Prior, str]:
     """Given, or estimated by cross-fitting: every labeled image is held out once."""
-    settings = config.scorer
+    settings, positive = config.scorer, labeled.features
     if settings.prior != "auto":
         value = float(settings.prior)
         return Prior(value, value, value, 1.0, is_upper_bound=False), "given"
@@ -274,7 +277,15 @@ def _prior(config: JobConfig, positive: Tensor, unlabeled: Tensor, progress: Pro
             unlabeled[lake_fold == judges],
         )
         module = _ranking_head(head, streams, config.seed, progress).module
-        scores.append((scores_of(module, positive[fold == number]), scores_of(module, unlabeled[lake_fold == number])))
+        held, held_lake = fold == number, lake_fold == number
+        scores.append(
+            Fold(
+                scores_of(module, positive[held]),
+                scores_of(module, unlabeled[held_lake]),
+                labeled.predicted[held].numpy(),
+                unlabeled_class[held_lake.numpy()],
+            )
+        )
     return pooled_prior(scores, resamples=_BOOTSTRAP_RESAMPLES, seed=config.seed), "estimated"
 
 

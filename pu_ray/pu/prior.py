@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float64]
 _GRID_RATIO = 0.85
 _SMALLEST_BIN = 10  # held-out positives; smaller bins have bands too wide to win
 _SEPARABLE_SHARE = 0.5
+_MOST_WEIGHT = 10  # of one positive, in units of the mean: a class that the lake is full of must not speak alone
 _MOST_VALUES = 4_000_000  # unlabeled images resampled at a time
 
 
@@ -60,7 +61,8 @@ def estimate_prior(positive_scores: Any, unlabeled_scores: Any, confidence: floa
     Raises:
         ValueError: Fewer than ten scores on either side, or scores that are not finite.
     """
-    ((positive, unlabeled),) = _checked([(positive_scores, unlabeled_scores)])
+    (fold,) = _checked([Fold(positive_scores, unlabeled_scores)])
+    positive, unlabeled = fold.positive, fold.unlabeled
     n_p, n_u = len(positive), len(unlabeled)
     thresholds = positive[n_p - _bin_sizes(n_p)]
     share_p = 1 - np.searchsorted(positive, thresholds, side="left") / n_p
@@ -68,9 +70,34 @@ def estimate_prior(positive_scores: Any, unlabeled_scores: Any, confidence: floa
     return _Bins.of(share_p[None], share_u[None], n_p, n_u, confidence).prior()
 
 
-def pooled_prior(
-    folds: Sequence[tuple[Any, Any]], confidence: float = 0.95, resamples: int = 200, seed: int = 0
-) -> Prior:
+@dataclass(frozen=True)
+class Fold:
+    """What a scorer says of images it was not trained on.
+
+    Attributes:
+        positive: Scores of its held-out positives, float [P].
+        unlabeled: Scores of its held-out unlabeled images, float [U].
+        positive_class: What the teacher takes each of them for, int [P]; None: all for the same.
+        unlabeled_class: The same of the unlabeled, int [U].
+    """
+
+    positive: Any
+    unlabeled: Any
+    positive_class: Any = None
+    unlabeled_class: Any = None
+
+    def sorted(self) -> Fold:
+        """By score, with classes for all."""
+        sides = []
+        for scores, classes in ((self.positive, self.positive_class), (self.unlabeled, self.unlabeled_class)):
+            values = np.asarray(scores, np.float64)
+            order = np.argsort(values, kind="stable")
+            sides.append((values[order], np.zeros(len(values), int) if classes is None else np.asarray(classes)[order]))
+        (positive, positive_class), (unlabeled, unlabeled_class) = sides
+        return Fold(positive, unlabeled, positive_class, unlabeled_class)
+
+
+def pooled_prior(folds: Sequence[Fold], confidence: float = 0.95, resamples: int = 200, seed: int = 0) -> Prior:
     """Best-bin estimate from several cross-fitted folds, with binomial-KL bands and a bootstrap interval.
 
     Each fold has its own scorer, and scores of different scorers cannot be compared. So the score of a positive becomes
@@ -78,6 +105,12 @@ def pooled_prior(
     fold. At a rank r the share of the unlabeled is r itself, so r / share_P(r) over the pooled positives is the bin's
     ratio: it bounds the prior in every fold, hence on average. The bands stay as they are, because the count of
     positives is a sum of binomials of unlike shares, which keeps the Chernoff bound of their mean (Hoeffding 1963).
+
+    Labeled images are often balanced over the classes and the lake seldom is. Then the labeled positives are no sample
+    of the lake's, and a class that is rare in the lake, at whose head a scorer likes to put its highest scores, makes
+    the lake look emptier than it is (0.033 for 0.102 on a long tail, docs/LOG.md). So each positive is weighted by how
+    much of the lake's positives its class is (`class_weights`); the bands then go with the effective sample size
+    (Kish 1965), and are no longer a theorem.
 
     The bootstrap interval is the percentile interval of the whole estimate, choice of the bin included, over resamples
     of positives and unlabeled images within their folds. It covers what the draw of these images adds, and neither that
@@ -87,8 +120,7 @@ def pooled_prior(
     five, where the bands still hold.
 
     Args:
-        folds: For each fold the scores of its held-out positives, float [n_P], and of its held-out unlabeled images,
-            float [n_U], under a scorer that was trained on neither. No image is in two folds.
+        folds: No image is in two of them.
         confidence: Of both intervals, in (0, 1).
         resamples: Of the bootstrap; each tail must hold at least one.
         seed: Of the bootstrap.
@@ -100,34 +132,67 @@ def pooled_prior(
     fewest = math.ceil(2 / (1 - confidence) - 1e-9)
     if resamples < fewest:
         raise ValueError(f"confidence {confidence:g} needs at least {fewest} resamples, got {resamples}")
-    scores = _checked(folds)
-    n_u = sum(len(unlabeled) for _, unlabeled in scores)
-    pooled = np.concatenate([_ranks(positive, unlabeled) for positive, unlabeled in scores])
-    prior = _bins_of_ranks(pooled[None], n_u, confidence).prior()
+    folds = _checked(folds)
+    n_u = sum(len(fold.unlabeled) for fold in folds)
+    pooled = np.concatenate([_ranks(fold.positive, fold.unlabeled) for fold in folds])
+    weights = class_weights(folds)
+    prior = _bins_of_ranks(pooled[None], weights[None], n_u, confidence).prior()
     generator = np.random.default_rng(seed)
-    at_a_time = max(1, _MOST_VALUES // max(len(unlabeled) for _, unlabeled in scores))
+    own = np.split(weights, np.cumsum([len(fold.positive) for fold in folds])[:-1])
+    at_a_time = max(1, _MOST_VALUES // max(len(fold.unlabeled) for fold in folds))
     estimates = []
     for start in range(0, resamples, at_a_time):
         count = min(at_a_time, resamples - start)
-        drawn = [_resampled_ranks(positive, unlabeled, count, generator) for positive, unlabeled in scores]
-        estimates.append(_bins_of_ranks(np.concatenate(drawn, axis=1), n_u, confidence).estimate_B)
+        drawn = [_resampled_ranks(fold.positive, fold.unlabeled, count, generator) for fold in folds]
+        ranks_BP = np.concatenate([ranks for ranks, _ in drawn], axis=1)
+        weights_BP = np.concatenate([each[chosen] for each, (_, chosen) in zip(own, drawn, strict=True)], axis=1)
+        estimates.append(_bins_of_ranks(ranks_BP, weights_BP, n_u, confidence).estimate_B)
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.concatenate(estimates), [tail, 1 - tail])
     return replace(prior, bootstrap_low=float(low), bootstrap_high=float(high))
 
 
-def _checked(folds: Sequence[tuple[Any, Any]]) -> list[tuple[Floats, Floats]]:
-    """The scores of each fold, sorted."""
-    scores = [(np.sort(np.asarray(p, np.float64)), np.sort(np.asarray(u, np.float64))) for p, u in folds]
-    n_p, n_u = (sum(len(fold[side]) for fold in scores) for side in (0, 1))
+def class_weights(folds: Sequence[Fold]) -> Floats:
+    """How much each positive counts, float [P] over all folds in their order, mean 1.
+
+    The better half of a class's positives marks a place in the ranking. As many unlabeled images of that predicted
+    class lie above it as the lake holds of the class's better half, so their number tells the classes' shares among
+    the lake's positives. Near the top of a class few negatives disturb that.
+
+    Args:
+        folds: Sorted by score, with classes.
+    """
+    classes = np.unique(np.concatenate([fold.positive_class for fold in folds]))
+    found, kept, labeled = (np.zeros(len(classes)) for _ in range(3))
+    for fold in folds:
+        for place, k in enumerate(classes):
+            positive = fold.positive[fold.positive_class == k]
+            if len(positive):
+                middle = positive[len(positive) // 2]
+                found[place] += np.count_nonzero(fold.unlabeled[fold.unlabeled_class == k] >= middle)
+                # The expected share of the class above its m-th best of n.
+                kept[place] += np.count_nonzero(positive >= middle) / (len(positive) + 1) * len(fold.unlabeled)
+                labeled[place] += len(positive)
+    mix = found / kept + 1 / sum(len(fold.unlabeled) for fold in folds)
+    weight = mix / labeled
+    weight = np.minimum(weight, _MOST_WEIGHT * mix.sum() / labeled.sum())
+    weights = weight[np.searchsorted(classes, np.concatenate([fold.positive_class for fold in folds]))]
+    normalised: Floats = weights / weights.mean()
+    return normalised
+
+
+def _checked(folds: Sequence[Fold]) -> list[Fold]:
+    """The folds, sorted by score."""
+    ordered = [fold.sorted() for fold in folds]
+    n_p, n_u = (sum(len(getattr(fold, side)) for fold in ordered) for side in ("positive", "unlabeled"))
     if min(n_p, n_u) < _SMALLEST_BIN:
         raise ValueError(f"at least {_SMALLEST_BIN} scores are needed on either side, got {n_p}, {n_u}")
-    for place, (positive, unlabeled) in enumerate(scores):
-        if not (len(positive) and len(unlabeled)):
-            raise ValueError(f"fold {place} has no scores on one side, got {len(positive)}, {len(unlabeled)}")
-        if not (np.isfinite(positive).all() and np.isfinite(unlabeled).all()):
+    for place, fold in enumerate(ordered):
+        if not (len(fold.positive) and len(fold.unlabeled)):
+            raise ValueError(f"fold {place} has no scores on one side, got {len(fold.positive)}, {len(fold.unlabeled)}")
+        if not (np.isfinite(fold.positive).all() and np.isfinite(fold.unlabeled).all()):
             raise ValueError("scores must be finite")
-    return scores
+    return ordered
 
 
 def _bin_sizes(n_p: int) -> npt.NDArray[np.int_]:
@@ -153,8 +218,10 @@ def _ranks(positive: Floats, unlabeled: Floats) -> Floats:
     return np.minimum((_above(positive, unlabeled) + _HALF_WAY) / len(unlabeled), 1.0)
 
 
-def _resampled_ranks(positive: Floats, unlabeled: Floats, resamples: int, generator: np.random.Generator) -> Floats:
-    """Ranks [B, P] in samples drawn with replacement from both sides of a fold."""
+def _resampled_ranks(
+    positive: Floats, unlabeled: Floats, resamples: int, generator: np.random.Generator
+) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Ranks [B, P] in samples drawn with replacement from both sides of a fold, and which positives were drawn."""
     n_p, n_u = len(positive), len(unlabeled)
     positive_BP = generator.integers(0, n_p, (resamples, n_p))
     unlabeled_BU = generator.integers(0, n_u, (resamples, n_u))
@@ -164,14 +231,22 @@ def _resampled_ranks(positive: Floats, unlabeled: Floats, resamples: int, genera
     among_best = np.zeros((resamples, n_u + 1), np.int64)
     np.cumsum(times_BU, axis=1, out=among_best[:, 1:])
     above_BP = np.take_along_axis(among_best, _above(positive, unlabeled)[positive_BP], axis=1)
-    return np.minimum((above_BP + _HALF_WAY) / n_u, 1.0)
+    return np.minimum((above_BP + _HALF_WAY) / n_u, 1.0), positive_BP
 
 
-def _bins_of_ranks(ranks_BP: Floats, n_u: int, confidence: float) -> _Bins:
-    n_p = ranks_BP.shape[1]
-    thresholds_BG = np.sort(ranks_BP, axis=1)[:, _bin_sizes(n_p) - 1]
-    kept = [np.count_nonzero(ranks_BP <= column[:, None], axis=1) for column in thresholds_BG.T]
-    return _Bins.of(np.stack(kept, axis=1) / n_p, thresholds_BG, n_p, n_u, confidence)
+def _bins_of_ranks(ranks_BP: Floats, weights_BP: Floats, n_u: int, confidence: float) -> _Bins:
+    order = np.argsort(ranks_BP, axis=1, kind="stable")
+    ranks_BP, weights_BP = (np.take_along_axis(values, order, axis=1) for values in (ranks_BP, weights_BP))
+    total_B1 = weights_BP.sum(axis=1, keepdims=True)
+    # One size for all resamples, so that all have the same bins.
+    n_p = max(_SMALLEST_BIN, int(np.median(total_B1[:, 0] ** 2 / (weights_BP**2).sum(axis=1))))
+    share_BP = np.cumsum(weights_BP, axis=1) / total_B1
+    wanted = _bin_sizes(n_p) / n_p
+    # The first positive with which the wanted share is there; ties are kept together.
+    place_BG = np.stack([(share_BP < share - 1e-9).sum(axis=1) for share in wanted], axis=1)
+    thresholds_BG = np.take_along_axis(ranks_BP, np.minimum(place_BG, ranks_BP.shape[1] - 1), axis=1)
+    kept = [((ranks_BP <= column[:, None]) * weights_BP).sum(axis=1) for column in thresholds_BG.T]
+    return _Bins.of(np.minimum(np.stack(kept, axis=1) / total_B1, 1.0), thresholds_BG, n_p, n_u, confidence)
 
 
 # -- the best bin ------------------------------------------------------------------------------------------

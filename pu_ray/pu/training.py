@@ -25,7 +25,6 @@ from pu_ray.config import Precision, ScorerConfig, SplitConfig
 from pu_ray.precision import autocast
 from pu_ray.progress import Progress
 from pu_ray.pu import scorers
-from pu_ray.pu.prior import estimate_prior
 
 ROLES = ("train", "validate", "calibrate")
 _EVALUATION_BATCH = 1024
@@ -206,16 +205,16 @@ def _restore(content: bytes, module: nn.Module, optimizer: Any, schedule: Any) -
     return State(**saved["state"])
 
 
-def most_positive(module: nn.Module, streams: Streams) -> Tensor:
+def most_positive(module: nn.Module, streams: Streams, prior: float) -> Tensor:
     """The unlabeled training images that look most positive, as many as the prior says, bool [N].
 
     Conditional value ignoring risk (Garg et al. 2021, algorithm 1): what is left are negatives, as far as the scorer
-    can tell, and learning from them makes it tell better. The prior is estimated anew each time, on what is held out.
+    can tell, and learning from them makes it tell better. They estimate the prior anew each time, on what is held out;
+    ours is estimated once, by cross-fitting and for the lake's own mix of classes, which so few cannot tell.
     """
-    estimate = estimate_prior(*_held_out(module, streams)).estimate
     scores = scores_of(module, streams.unlabeled_train)
     out = torch.zeros(len(scores), dtype=torch.bool)
-    out[np.argsort(-scores, kind="stable")[: int(min(estimate, _MOST_LEFT_OUT) * len(scores))]] = True
+    out[np.argsort(-scores, kind="stable")[: int(min(prior, _MOST_LEFT_OUT) * len(scores))]] = True
     return out
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize, stats
 
 from pu_ray.pu import prior
-from pu_ray.pu.prior import estimate_prior, pooled_prior
+from pu_ray.pu.prior import Fold, estimate_prior, pooled_prior
 
 DRAWS = 200
 
@@ -93,7 +93,7 @@ def test_tied_scores_are_counted_on_both_sides():
 def cross_fitted(seed, true_prior, separation, positives=30, unlabeled=800):
     """Five folds as `lake` makes them, each scored on a scale of its own."""
     folds = [lake([seed, k], true_prior, separation, positives, unlabeled) for k in range(5)]
-    return [tuple(10.0 ** (k - 2) * side + 3 * k for side in fold) for k, fold in enumerate(folds)]
+    return [Fold(*(10.0 ** (k - 2) * side + 3 * k for side in fold)) for k, fold in enumerate(folds)]
 
 
 @pytest.mark.parametrize("true_prior", [0.01, 0.05, 0.2, 0.5])
@@ -110,11 +110,13 @@ def test_pooled_folds_give_the_prior_and_both_intervals_cover_it(true_prior):
 
 
 def test_scores_of_unlike_scorers_are_pooled_as_if_they_were_of_one():
-    alike = [lake([3, k], 0.1, 4, 40, 1000) for k in range(5)]
-    unlike = [(np.exp(positive * k), np.exp(unlabeled * k)) for k, (positive, unlabeled) in enumerate(alike, start=1)]
+    alike = [Fold(*lake([3, k], 0.1, 4, 40, 1000)) for k in range(5)]
+    unlike = [Fold(np.exp(f.positive * k), np.exp(f.unlabeled * k)) for k, f in enumerate(alike, start=1)]
     assert pooled_prior(unlike) == pooled_prior(alike)
     # Put together as they are, the fold with the largest scores would speak for all.
-    naive = estimate_prior(*(np.concatenate(side) for side in zip(*cross_fitted(3, 0.1, 6), strict=True)))
+    folds = cross_fitted(3, 0.1, 6)
+    sides = ([fold.positive for fold in folds], [fold.unlabeled for fold in folds])
+    naive = estimate_prior(*(np.concatenate(side) for side in sides))
     pooled = pooled_prior(cross_fitted(3, 0.1, 6))
     assert naive.is_upper_bound
     assert not pooled.is_upper_bound
@@ -125,7 +127,7 @@ def test_scores_of_unlike_scorers_are_pooled_as_if_they_were_of_one():
 def test_one_fold_says_what_the_plain_estimate_says():
     for seed in range(10):
         scores = lake(seed, 0.2, separation=6)
-        one, plain = pooled_prior([scores]), estimate_prior(*scores)
+        one, plain = pooled_prior([Fold(*scores)]), estimate_prior(*scores)
         assert one.estimate == pytest.approx(plain.estimate, rel=0.02)
         assert (one.low, one.high) == pytest.approx((plain.low, plain.high), rel=0.05)
         assert (plain.bootstrap_low, plain.bootstrap_high) == (None, None)
@@ -140,7 +142,8 @@ def test_pooled_folds_that_are_hard_to_tell_apart_give_an_upper_bound_and_say_so
 
 
 def test_folds_of_unlike_size_and_quality_are_pooled_too():
-    folds = [lake([7, 0], 0.2, 8, 100, 3000), lake([7, 1], 0.2, 3, 20, 500), lake([7, 2], 0.2, 6, 40, 1500)]
+    sizes = [(8, 100, 3000), (3, 20, 500), (6, 40, 1500)]
+    folds = [Fold(*lake([7, k], 0.2, *size)) for k, size in enumerate(sizes)]
     result = pooled_prior(folds)
     assert result.estimate == pytest.approx(0.2, rel=0.15)
     assert result.low <= 0.2 <= result.high
@@ -163,7 +166,8 @@ def test_resampled_ranks_are_those_of_the_resampled_scores():
     generator = np.random.default_rng(5)
     chosen_p, chosen_u = generator.integers(0, 20, (7, 20)), generator.integers(0, 50, (7, 50))
     above = (unlabeled[::-1][chosen_u][:, None, :] >= positive[chosen_p][:, :, None]).sum(axis=2)
-    np.testing.assert_array_equal(fast, np.minimum((above + 0.5) / 50, 1))
+    np.testing.assert_array_equal(fast[0], np.minimum((above + 0.5) / 50, 1))
+    np.testing.assert_array_equal(fast[1], chosen_p)
 
 
 def test_a_bootstrap_in_parts_is_as_wide_as_one_in_one_piece(monkeypatch):
@@ -179,15 +183,15 @@ def test_a_bootstrap_in_parts_is_as_wide_as_one_in_one_piece(monkeypatch):
 def test_folds_that_cannot_be_used_are_refused():
     scores = np.arange(20.0)
     with pytest.raises(ValueError, match="fold 1 has no scores on one side, got 0, 20"):
-        pooled_prior([(scores, scores), (scores[:0], scores)])
+        pooled_prior([Fold(scores, scores), Fold(scores[:0], scores)])
     with pytest.raises(ValueError, match="at least 10 scores are needed on either side, got 8, 40"):
-        pooled_prior([(scores[:4], scores), (scores[:4], scores)])
+        pooled_prior([Fold(scores[:4], scores), Fold(scores[:4], scores)])
     with pytest.raises(ValueError, match="at least 10 scores are needed on either side, got 0, 0"):
         pooled_prior([])
     with pytest.raises(ValueError, match="scores must be finite"):
-        pooled_prior([(scores, scores), (scores, np.full(20, math.nan))])
+        pooled_prior([Fold(scores, scores), Fold(scores, np.full(20, math.nan))])
     with pytest.raises(ValueError, match=r"confidence 0\.95 needs at least 40 resamples, got 39"):
-        pooled_prior([(scores, scores)], resamples=39)
+        pooled_prior([Fold(scores, scores)], resamples=39)
 
 
 # -- the bands ---------------------------------------------------------------------------------------------
