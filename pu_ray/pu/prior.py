@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 _GRID_RATIO = 0.85
 _SMALLEST_BIN = 10  # held-out positives; smaller bins have bands too wide to win
 _SEPARABLE_SHARE = 0.5
-_MOST_WEIGHT = 10  # of one positive, in units of the mean: a class that the lake is full of must not speak alone
+_MOST_DEVIATION = 3.0  # of the weights: at least a tenth of the positives must count, however uneven the lake
 _MOST_VALUES = 4_000_000  # unlabeled images resampled at a time
 
 
@@ -159,6 +159,8 @@ def class_weights(folds: Sequence[Fold]) -> Floats:
     class lie above it as the lake holds of the class's better half, so their number tells the classes' shares among
     the lake's positives. Near the top of a class few negatives disturb that.
 
+    Where few would speak for all, the weights are drawn towards 1.
+
     Args:
         folds: Sorted by score, with classes.
     """
@@ -174,11 +176,11 @@ def class_weights(folds: Sequence[Fold]) -> Floats:
                 kept[place] += np.count_nonzero(positive >= middle) / (len(positive) + 1) * len(fold.unlabeled)
                 labeled[place] += len(positive)
     mix = found / kept + 1 / sum(len(fold.unlabeled) for fold in folds)
-    weight = mix / labeled
-    weight = np.minimum(weight, _MOST_WEIGHT * mix.sum() / labeled.sum())
-    weights = weight[np.searchsorted(classes, np.concatenate([fold.positive_class for fold in folds]))]
-    normalised: Floats = weights / weights.mean()
-    return normalised
+    weights = (mix / labeled)[np.searchsorted(classes, np.concatenate([fold.positive_class for fold in folds]))]
+    weights /= weights.mean()
+    # The effective sample size is P / (1 + variance).
+    shrunk: Floats = 1 + (weights - 1) * min(1.0, _MOST_DEVIATION / max(float(weights.std()), 1e-12))
+    return shrunk
 
 
 def _checked(folds: Sequence[Fold]) -> list[Fold]:

@@ -141,6 +141,49 @@ def test_pooled_folds_that_are_hard_to_tell_apart_give_an_upper_bound_and_say_so
     assert np.mean([result.estimate for result in results]) > 0.1
 
 
+def uneven(seed, true_prior, labeled_per_class=20, unlabeled=4000):
+    """Five folds of three classes: labeled evenly, 70 : 20 : 10 in the lake, and the rarest scores highest."""
+    folds = []
+    for k in range(5):
+        generator = np.random.default_rng([seed, k])
+        heights = np.array([6.0, 7.0, 9.0])
+        positive_class = np.repeat([0, 1, 2], labeled_per_class // 5)
+        hidden = generator.choice(3, round(true_prior * unlabeled / 5), p=[0.7, 0.2, 0.1])
+        rest = unlabeled // 5 - len(hidden)
+        scores = np.r_[generator.normal(heights[hidden]), generator.normal(0, 1, rest)]
+        classes = np.r_[hidden, generator.integers(0, 3, rest)]
+        folds.append(Fold(generator.normal(heights[positive_class]), scores, positive_class, classes))
+    return folds
+
+
+@pytest.mark.parametrize(("true_prior", "labeled", "off"), [(0.05, 20, 0.12), (0.2, 20, 0.12), (0.1, 100, 0.05)])
+def test_labeled_images_of_another_mix_than_the_lakes_are_weighted_to_it(true_prior, labeled, off):
+    draws = [uneven(seed, true_prior, labeled) for seed in range(60)]
+    ours = [pooled_prior(folds, resamples=40) for folds in draws]
+    assert np.mean([result.estimate for result in ours]) == pytest.approx(true_prior, rel=off)
+    assert np.mean([result.low <= true_prior <= result.high for result in ours]) >= 0.95
+    blind = [pooled_prior([Fold(f.positive, f.unlabeled) for f in folds], resamples=40) for folds in draws]
+    assert np.mean([result.estimate for result in blind]) < 0.7 * true_prior, "or the weights would not matter"
+
+
+def test_the_weights_are_the_classes_shares_among_the_lakes_positives():
+    folds = [fold.sorted() for fold in uneven(0, 0.2, 500, 40_000)]
+    weights = prior.class_weights(folds)
+    classes = np.concatenate([fold.positive_class for fold in folds])
+    assert weights.mean() == pytest.approx(1)
+    for k, share in enumerate([0.7, 0.2, 0.1]):
+        assert weights[classes == k] == pytest.approx(np.full(500, 3 * share), rel=0.2)
+
+
+def test_a_class_that_the_lake_is_full_of_does_not_speak_alone():
+    generator = np.random.default_rng(0)
+    fold = Fold(np.zeros(100) + 5, generator.normal(5, 0.1, 1000), np.repeat([0, 1], [1, 99]), np.zeros(1000, int))
+    weights = prior.class_weights([fold.sorted()])
+    assert weights.max() > 20
+    assert weights.mean() == pytest.approx(1)
+    assert weights.sum() ** 2 / (weights**2).sum() == pytest.approx(10), "of the hundred"
+
+
 def test_folds_of_unlike_size_and_quality_are_pooled_too():
     sizes = [(8, 100, 3000), (3, 20, 500), (6, 40, 1500)]
     folds = [Fold(*lake([7, k], 0.2, *size)) for k, size in enumerate(sizes)]

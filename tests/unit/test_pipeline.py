@@ -20,7 +20,7 @@ from pu_ray.pipeline import STEPS, Pipeline
 from pu_ray.progress import Narrator
 from pu_ray.storage import Storage
 
-# A job without a cascade has no such step.
+# A job without a cascade has no such step, and one whose teacher answers in the loop stores no answers.
 ALL = [step.name for step in STEPS if step.only_if is None]
 SOURCES = {
     name: f"{name} as it is" for name in ("teacher", "lake", "lake_base", "labeled", "test", "truth", "metadata")
@@ -46,7 +46,7 @@ def test_every_step_comes_after_the_steps_it_reads():
 
 
 def test_folders_are_those_of_the_design():
-    folders = "cascade features scorer scores selection mined student evaluation exported"
+    folders = "cascade features scorer scores selection mined soft_labels student evaluation exported"
     assert [step.folder for step in STEPS] == folders.split()
 
 
@@ -178,12 +178,24 @@ def test_each_step_has_its_own_identity_and_names_its_inputs():
     assert len({identity for identity, _ in known.values()}) == len(ALL)
     for step in pipeline.steps_of(job()):
         inputs = known[step.name][1]
-        determining = set(step.upstream) - set(step.growing) - {"cascade"}
+        determining = (set(step.upstream) & set(ALL)) - set(step.growing)
         assert set(inputs) == {*determining, *step.outside}
         for name in determining:
             assert inputs[name] == known[name][0]
         for name in step.outside:
             assert inputs[name] == SOURCES[name]
+
+
+def test_stored_soft_labels_are_a_step_of_their_own_that_the_students_training_does_not_outdate():
+    made = job(distill={"soft_labels": "cached"})
+    names = [step.name for step in pipeline.steps_of(made)]
+    assert names[names.index("distill") - 1] == "soft_labels"
+    before = identities(made)
+    for change, outdated in (({"epochs": 7}, False), ({"crops": 3}, True), ({"augment": {"crop_padding_px": 1}}, True)):
+        after = identities(job(distill={"soft_labels": "cached"} | change))
+        assert (after["soft_labels"] != before["soft_labels"]) is outdated
+        assert after["distill"] != before["distill"]
+        assert after["materialise"] == before["materialise"]
 
 
 def test_a_control_shares_features_scorer_and_scores_and_nothing_else():

@@ -47,7 +47,7 @@ def _as_one_of_two(rank: int, folder: str) -> None:
         config,
         0,
         Silent(),
-        leave_out=lambda network: training.most_positive(network, mine),
+        leave_out=lambda network: training.most_positive(network, mine, 0.3),
     )
     result = {
         "count": workers.count(),

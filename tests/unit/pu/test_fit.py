@@ -260,9 +260,12 @@ def test_scores_are_those_of_eval_mode_whatever_the_batch():
 def test_ted_leaves_out_as_many_as_the_prior_says_and_those_that_look_most_positive():
     streams, _ = gaussian_streams(prior=0.3, unlabeled=4000, positives=400)
     module = fitted(streams).module
-    out = training.most_positive(module, streams).numpy()
     scores = training.scores_of(module, streams.unlabeled_train)
-    assert out.mean() == pytest.approx(0.3, abs=0.06)
+    assert not training.most_positive(module, streams, 0.0).any()
+    out = training.most_positive(module, streams, 1.0).numpy()
+    assert out.mean() == 0.9, "a step needs someone to learn from"
+    out = training.most_positive(module, streams, 0.3).numpy()
+    assert out.mean() == 0.3
     assert scores[out].min() >= scores[~out].max()
 
 
@@ -296,7 +299,7 @@ def test_leaving_out_mends_a_ranking_that_took_hidden_positives_for_negatives():
         config,
         0,
         Silent(),
-        leave_out=lambda head: training.most_positive(head, streams),
+        leave_out=lambda head: training.most_positive(head, streams, 0.5),
     )
     after = roc_auc_score(truth, training.scores_of(result.module, streams.unlabeled_validate))
     assert after > before - 0.005
