@@ -294,8 +294,9 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     checkpoint = _torch_forward(student)
     if INT8 in config.export.formats:
         real = _real_images(config, storage.child("mined"), _PARITY_IMAGES + _CALIBRATION_IMAGES)
-        # Taken in turn, so that both see the same mixture.
-        batch, calibration = real[::2], real[1::2]
+        # By lot, so that both see the same mixture whatever order the images come in.
+        lot = np.random.default_rng(config.seed).permutation(len(real))
+        batch, calibration = real[lot[::2]], real[lot[1::2]]
     else:
         batch = _real_images(config, storage.child("mined"))
         calibration = batch[:0]

@@ -414,7 +414,6 @@ def test_plain_timm_opens_the_folder_as_the_same_network(tmp_path, architecture,
         assert network(batch).shape == (3, 3)
         torch.testing.assert_close(network(batch), ours(batch))
     assert network.pretrained_cfg["label_names"] == classes
-    assert network.drop_rate == options.get("drop_rate", 0.0)
     found = resolve_model_data_config(network)
     assert tuple(found["input_size"]) == (wanted.channels, 32, 32)
     assert (tuple(found["mean"]), tuple(found["std"])) == (wanted.mean, wanted.std)
