@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pu_ray import engine, images, lake, manifest, models, ray_train, tracking
 from pu_ray.config import JobConfig
-from pu_ray.distill import data, loop, soft_labels
+from pu_ray.distill import answers, data, loop
 from pu_ray.distill.store import Images, InMemory, open_store
 from pu_ray.errors import ClusterError, DataError
 from pu_ray.lake import LabeledImages
@@ -56,16 +56,16 @@ def batches_of(
     rows = range(worker.rank, len(taught), worker.world)
     mine = taught.rows(rows)
     sources: list[tuple[Images, Any, Any]] = [
-        (pixels, soft_labels.mined_labels(storage, worker.rank, worker.world), None),
+        (pixels, answers.mined_labels(storage, worker.rank, worker.world), None),
         (
             InMemory(mine.pixels(preprocessing, config.labeled.uri)),
-            soft_labels.labeled_labels(storage, rows),
+            answers.labeled_labels(storage, rows),
             mine.labels,
         ),
     ]
     cached = settings.soft_labels == "cached"
     mined_source, labeled_source = (
-        data.Source(pixels, soft_labels.SoftLabels(stored, classes) if cached else None, labels)
+        data.Source(pixels, answers.SoftLabels(stored, classes) if cached else None, labels)
         for pixels, stored, labels in sources
     )
     return data.Batches(

@@ -86,12 +86,12 @@ class Stored:
 
     def __init__(self, count: int, crops: int = 4) -> None:
         from pu_ray.config import AugmentConfig
+        from pu_ray.distill import answers
         from pu_ray.distill import crops as cropping
-        from pu_ray.distill import soft_labels
 
         generator = np.random.default_rng(2)
         drawn = cropping.draw(count * crops, (SIDE, SIDE), AugmentConfig(crop_padding_px=2), generator)
-        values, classes, rest = soft_labels.compress(generator.normal(size=(count * crops, CLASSES)))
+        values, classes, rest = answers.compress(generator.normal(size=(count * crops, CLASSES)))
         shape = (count, crops)
         parts = [
             drawn.reshape(*shape, -1),
@@ -99,7 +99,7 @@ class Stored:
             classes.reshape(*shape, -1),
             rest.reshape(shape),
         ]
-        self.answers = soft_labels.SoftLabels(iter([parts]), CLASSES)
+        self.answers = answers.SoftLabels(iter([parts]), CLASSES)
 
 
 # -- one turn ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""pu_ray/distill/soft_labels.py: what is stored of the teacher's answers, and what comes back."""
+"""pu_ray/distill/soft_labels.py: which crops, and the teacher's answers for them."""
 
 from __future__ import annotations
 
@@ -8,60 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from scipy.special import logsumexp, softmax
+from scipy.special import softmax
 
 from pu_ray import config as settings_of
 from pu_ray import schema
 from pu_ray.config import AugmentConfig
-from pu_ray.distill import crops, soft_labels
-from pu_ray.distill.soft_labels import SoftLabeller, SoftLabels
+from pu_ray.distill import answers, crops, soft_labels
+from pu_ray.distill.answers import SoftLabels
+from pu_ray.distill.soft_labels import SoftLabeller
 from pu_ray.errors import DataError
 from pu_ray.images import sample_id
-
-# -- storing logits ----------------------------------------------------------------------------------------
-
-
-def logits(classes, count=50, scale=4):
-    return np.random.default_rng(classes).normal(0, scale, (count, classes)).astype(np.float32)
-
-
-@pytest.mark.parametrize("classes", [2, 10, 64])
-def test_all_logits_of_few_classes_come_back_but_for_rounding(classes):
-    given = logits(classes)
-    again = soft_labels.expand(*soft_labels.compress(given), classes)
-    np.testing.assert_allclose(again, given - given.max(axis=1, keepdims=True), atol=0.02)
-    np.testing.assert_array_equal(again.argmax(axis=1), given.argmax(axis=1))
-
-
-def test_of_many_classes_the_largest_are_kept_and_the_others_share_what_they_had():
-    given = logits(1000)
-    values, kept, rest = soft_labels.compress(given)
-    assert values.shape == kept.shape == (50, 32)
-    assert (values.dtype, kept.dtype, rest.dtype) == (np.float16, np.int32, np.float16)
-    again = soft_labels.expand(values, kept, rest, 1000)
-    ours, theirs = softmax(again, axis=1), softmax(given, axis=1)
-    order = np.argsort(-given, axis=1)
-    for row in range(50):
-        top, others = order[row, :32], order[row, 32:]
-        assert set(kept[row]) == set(top)
-        np.testing.assert_allclose(ours[row, top], theirs[row, top], rtol=0.02)
-        np.testing.assert_allclose(ours[row, others], theirs[row, others].mean(), rtol=0.05)
-
-
-def test_the_rest_is_the_summed_mass_below_the_largest():
-    given = logits(100)
-    _, kept, rest = soft_labels.compress(given)
-    below = given - given.max(axis=1, keepdims=True)
-    for row in range(50):
-        others = np.setdiff1d(np.arange(100), kept[row])
-        assert rest[row] == pytest.approx(logsumexp(below[row, others]), rel=2e-3)
-
-
-def test_large_logits_lose_nothing_that_a_softmax_would_see():
-    given = logits(10, scale=1) + 50_000
-    again = soft_labels.expand(*soft_labels.compress(given), 10)
-    np.testing.assert_allclose(softmax(again, axis=1), softmax(given, axis=1), atol=2e-3)
-
 
 # -- crops by content --------------------------------------------------------------------------------------
 
@@ -150,32 +106,32 @@ def stored(crops_per_image=3, count=6):
     actor, config = labeller(crops_per_image)
     answered = actor(table)
     assert answered.schema.equals(schema.soft_labels(crops_per_image, 3))
-    parts = soft_labels._arrays_of(answered)
+    parts = answers.arrays_of(answered)
     return images, SoftLabels(iter([[part[:2] for part in parts], [part[2:] for part in parts]]), 3), config
 
 
 def test_a_visit_gets_its_crop_and_what_the_teacher_says_of_that_very_crop():
-    images, answers, _ = stored()
-    assert len(answers) == 6
+    images, found_again, _ = stored()
+    assert len(found_again) == 6
     rows, visits = np.array([4, 0, 5, 4]), np.array([0, 1, 2, 7])
-    chosen, found = answers.take(rows, visits)
+    chosen, found = found_again.take(rows, visits)
     seen = crops.cut(images[rows], chosen)
     np.testing.assert_allclose(softmax(found, axis=1), softmax(Means().run(seen)[1], axis=1), atol=5e-3)
 
 
 def test_the_crops_of_an_image_take_turns():
-    _, answers, config = stored()
-    turns = [answers.take(np.array([3]), np.array([visit]))[0][0].tolist() for visit in range(6)]
+    _, found_again, config = stored()
+    turns = [found_again.take(np.array([3]), np.array([visit]))[0][0].tolist() for visit in range(6)]
     assert turns[:3] == turns[3:]
     assert len(set(map(tuple, turns[:3]))) > 1
     assert config.distill.crops == 3
 
 
 def test_mean_probabilities_are_over_an_images_crops():
-    _, answers, _ = stored()
+    _, found_again, _ = stored()
     rows = np.array([1, 3])
-    each = [softmax(answers.take(rows, np.full(2, visit))[1].astype(float), axis=1) for visit in range(3)]
-    np.testing.assert_allclose(answers.mean_probabilities(rows), np.mean(each, axis=0), rtol=1e-6)
+    each = [softmax(found_again.take(rows, np.full(2, visit))[1].astype(float), axis=1) for visit in range(3)]
+    np.testing.assert_allclose(found_again.mean_probabilities(rows), np.mean(each, axis=0), rtol=1e-6)
 
 
 def test_an_image_that_broke_since_it_was_chosen_stops_the_pass_and_is_named():
