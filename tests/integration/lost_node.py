@@ -2,13 +2,14 @@
 
     python lost_node.py kill|notice|elastic FOLDER
 
-`kill`: a node is gone from one moment to the next, and another one comes. `notice`: it is announced to go, as spot
-machines are, and no checkpoint was due. `elastic`: it is gone, and no other one comes. Writes FOLDER/result.json.
+`kill`: a node is gone from one moment to the next, and another one is free. `notice`: it is announced to go, as spot
+machines are, and no checkpoint was due. `elastic`: it is gone, and no other one is there. Writes FOLDER/result.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -70,6 +71,10 @@ def work(folder: str, interval: int, worker: Any) -> None:
         import io
 
         first = torch.load(io.BytesIO(worker.checkpoint), weights_only=True)["step"]
+    if worker.rank == worker.world - 1:
+        import ray
+
+        Path(folder, "node").write_text(ray.get_runtime_context().get_node_id())
     if worker.rank == 0:
         with Path(folder, "attempts.jsonl").open("a") as attempts:
             attempts.write(json.dumps({"first": first, "world": worker.world, "at": time.time()}) + "\n")
@@ -106,15 +111,16 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def disturb(mode: str, folder: Path, cluster: Any, node: Any) -> None:
-    """Wait until the training is under way, then take a node away."""
+def disturb(mode: str, folder: Path, cluster: Any) -> None:
+    """Wait until the training is under way, then take away the node of its last worker."""
     while not lines(folder / "attempts.jsonl" if mode == "notice" else folder / "saved.jsonl"):
         time.sleep(0.05)
+    last = (folder / "node").read_text()
+    (node,) = [each for each in cluster.list_all_nodes() if each.node_id == last]
     if mode == "notice":
         from ray._raylet import GcsClient
 
         time.sleep(1)
-        cluster.add_node(num_cpus=1)
         deadline = int((time.time() + NOTICE_S) * 1000)
         GcsClient(address=cluster.address).drain_node(node.node_id, PREEMPTION, "spot", deadline)
         while time.time() * 1000 < deadline:
@@ -123,8 +129,6 @@ def disturb(mode: str, folder: Path, cluster: Any, node: Any) -> None:
         time.sleep(5 * STEP_S)  # in the middle of an interval
     (folder / "lost.json").write_text(json.dumps({"at": time.time()}))
     cluster.remove_node(node, allow_graceful=False)
-    if mode == "kill":
-        cluster.add_node(num_cpus=1)
 
 
 def main(mode: str, folder: Path) -> None:
@@ -139,10 +143,14 @@ def main(mode: str, folder: Path) -> None:
 
     # The controller and the counter live on the head, which is not lost; the workers need a CPU each.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=True, runtime_env={"env_vars": {"PYTHONPATH": ":".join(sys.path)}})
+    for _ in range(2 if mode == "elastic" else 3):
+        cluster.add_node(num_cpus=1)
+    # Ray Train's helpers look for a cluster by themselves, and there may be others on this machine.
+    os.environ["RAY_ADDRESS"] = cluster.address
+    variables = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ADDRESS": cluster.address}
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": variables})
     try:
-        disturber = threading.Thread(target=disturb, args=(mode, folder, cluster, nodes[1]), daemon=True)
+        disturber = threading.Thread(target=disturb, args=(mode, folder, cluster), daemon=True)
         disturber.start()
         ray_train.run(
             partial(work, str(folder), 10**6 if mode == "notice" else INTERVAL),
