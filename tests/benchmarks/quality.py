@@ -35,6 +35,7 @@ from tests.benchmarks import fmnist_open
 
 RESULTS = Path(__file__).parent / "results"
 _HELD_STEPS = 8  # validations of a student
+_RECALL = 0.9  # at which precision is told, whatever a row chose
 _KEY = ("scale", "steps", "labeled", "seed", "row")
 
 # -- rows --------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ class Chooser:
         return table["sample_id"].to_pylist(), facts | {"prior": prior, "kind": fitted["kind"]}
 
     def _judged(self, job: Any, storage: Any, row: Row) -> dict[str, Any]:
-        from sklearn.metrics import average_precision_score, roc_auc_score
+        from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
         from pu_ray import evaluate, ledger
 
@@ -245,6 +246,8 @@ class Chooser:
                 "average_precision": float(average_precision_score(positive, values)),
                 "auroc": float(roc_auc_score(positive, values)),
             }
+            precision, recall, _ = precision_recall_curve(positive, values)
+            found["precision_at_recall"] = float(precision[recall >= _RECALL].max())
         return found | {"true_prior": quality["true_prior"]}
 
 
@@ -534,14 +537,14 @@ def tell(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         mine = [record for record in records if record["labeled"] == labeled and record["row"] != "all-data"]
         yield f"### {labeled} labeled images per class"
         yield ""
-        yield "| row | images | precision | recall | AP | AUROC | prior | student, % | gap | seeds |"
-        yield "|---|---|---|---|---|---|---|---|---|---|"
+        yield "| row | images | precision | recall | AP | AUROC | at recall 0.9 | prior | student, % | gap | seeds |"
+        yield "|" + "---|" * 11
         for name, row in ROWS.items():
             found = [record for record in (*everywhere, *mine) if record["row"] == name]
             refused = [record for record in found if "refused" in record]
             found = [record for record in found if "refused" not in record]
             if refused:
-                yield f"| {row.says} | chose nothing, in {len(refused)} of {len(refused) + len(found)} |" + " |" * 8
+                yield f"| {row.says} | chose nothing, in {len(refused)} of {len(refused) + len(found)} |" + " |" * 9
             if found:
                 yield f"| {row.says} | {' | '.join(_cells(found))} |"
         yield ""
@@ -549,7 +552,7 @@ def tell(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _cells(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield f"{statistics.mean(record['images'] for record in found):,.0f}"
-    for column in ("precision", "recall", "average_precision", "auroc"):
+    for column in ("precision", "recall", "average_precision", "auroc", "precision_at_recall"):
         values = [record[column] for record in found if record.get(column) is not None]
         yield f"{statistics.mean(values):.3f}" if values else ""
     priors = [record["prior"]["estimate"] for record in found if record.get("prior")]
