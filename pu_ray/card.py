@@ -80,6 +80,7 @@ def model_card(config: JobConfig, evaluation: Manifest, made: Made) -> str:
         sort_keys=False,
     )
     named = ", ".join(made.classes[:_MOST_CLASSES]) + (", ..." if len(made.classes) > _MOST_CLASSES else "")
+    gap = evaluation.facts["gap_to_teacher"]
     return f"""---
 {front}---
 
@@ -108,8 +109,8 @@ On {evaluation.counts["test"]:,} test images that were not used before; copies o
 
 {_accuracies(evaluation.facts)}
 
-The student is {evaluation.facts["gap_to_teacher"]:.2f} percentage points behind its teacher and says the same as it for
-{100 * evaluation.facts["agreement"]:.1f} % of the images. {_weakest(evaluation.facts)}
+The student is {abs(gap):.2f} percentage points {"behind" if gap >= 0 else "ahead of"} its teacher and says the same
+as it for {100 * evaluation.facts["agreement"]:.1f} % of the images. {_weakest(evaluation.facts)}
 
 ## Files
 

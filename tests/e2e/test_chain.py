@@ -134,3 +134,21 @@ def test_a_student_that_fails_its_gate_is_reported_but_not_exported(copied: Path
     alone = pu_ray("export", job, *strict, *hopeless)
     assert alone.returncode == 5
     assert (output / "exported/manifest.json").read_bytes() == exported_before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_with_stored_soft_labels_the_teacher_is_asked_once_and_the_student_learns(copied: Path) -> None:
+    job, run = str(copied / "job.yaml"), copied / "run"
+    cached = ("--set", "distill.soft_labels=cached", "--set", "distill.crops=2", "--set", "evaluation.controls=[]")
+    done = pu_ray("run", job, *cached, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    mined, stored = (json.loads((run / name / "manifest.json").read_text()) for name in ("mined", "soft_labels"))
+    labeled = json.loads((run / "scorer/manifest.json").read_text())["counts"]
+    images = mined["counts"]["rows"] + labeled["labeled_train"] + labeled["labeled_calibrate"]
+    assert stored["counts"] == {"images": images, "crops": 2 * images}
+    assert summary["student_accuracy"]["value"] > 0.5
+    again = pu_ray("distill", job, *cached, "--set", "distill.max_steps=20")
+    assert again.returncode == 0, again.stderr
+    assert "soft_labels: nothing to do" in again.stderr, "another training asks the teacher nothing"

@@ -305,7 +305,17 @@ def test_a_source_is_read_once(tmp_path, monkeypatch):
     first = sources["teacher"]
     monkeypatch.setattr(Storage, "read_bytes", lambda *_: pytest.fail("read again"))
     assert sources["teacher"] == first
-    assert sources["truth"] == "none"
+    assert sources["truth"] == sources["metadata"] == "none"
+
+
+def test_metadata_counts_by_its_content(tmp_path):
+    about = tmp_path / "about.csv"
+    made = job(tmp_path, evaluation={"metadata": str(about), "slices": ["site"]})
+    about.write_text("name,site\ncat/0.png,south\n")
+    before = pipeline.Sources(made)["metadata"]
+    assert pipeline.Sources(made)["metadata"] == before
+    about.write_text("name,site\ncat/0.png,north\n")
+    assert pipeline.Sources(made)["metadata"] != before
 
 
 def test_a_teacher_that_was_moved_is_the_same_teacher(tmp_path):
@@ -321,7 +331,8 @@ def test_a_teacher_that_was_moved_is_the_same_teacher(tmp_path):
 
 def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = job(".", test={"uri": "s3://bucket/test"}, lake={"truth": "truth.parquet"})
+    evaluation = {"metadata": "about.csv", "slices": ["site"]}
+    made = job(".", test={"uri": "s3://bucket/test"}, lake={"truth": "truth.parquet"}, evaluation=evaluation)
     absolute = pipeline.with_absolute_paths(made)
     assert absolute.output == f"{tmp_path}/run"
     assert absolute.teacher.weights == f"{tmp_path}/teacher.safetensors"
@@ -330,6 +341,7 @@ def test_local_paths_become_absolute_and_remote_ones_stay(tmp_path, monkeypatch)
     assert absolute.test.uri == "s3://bucket/test"
     assert absolute.lake.uri == f"{tmp_path}/lake"
     assert absolute.lake.truth == f"{tmp_path}/truth.parquet"
+    assert absolute.evaluation.metadata == f"{tmp_path}/about.csv"
     assert pipeline.with_absolute_paths(absolute) == absolute
     assert pipeline.with_absolute_paths(job(".")).lake.truth is None
 

@@ -254,6 +254,26 @@ def test_every_picture_can_be_shown_and_says_what_it_shows(full_page):
     assert len({attributes["alt"] for attributes in pictures}) == len(pictures)
 
 
+def test_teacher_and_student_stand_beside_each_other(full_page):
+    text = Page(full_page).text
+    for number in ("0.0200", "0.0300", "2,000,000", "300,000", "49,360", "5,500", "0.50"):
+        assert number in text
+    assert "top-5" not in text
+
+
+def test_slices_and_five_answers_are_shown_where_there_are_any(tmp_path, no_plots):
+    rows = [
+        {"value": "<south>", "n": 1_600, "student_accuracy": rate(0.71, 1600), "teacher_accuracy": rate(0.82, 1600)},
+        {"value": None, "n": 7, "student_accuracy": rate(0.43, 7), "teacher_accuracy": rate(0.57, 7)},
+    ]
+    five = {"student_top5_accuracy": rate(0.9912), "teacher_top5_accuracy": rate(0.9934)}
+    html = render(make(tmp_path, "evaluate", facts={"evaluate": {"slices": {"site": rows}, **five}}))
+    text = Page(html).text
+    for shown in ("By site", "1,600", "71.00 %", "82.00 %", "66.00 to 76.00", "(none)", "top-5 accuracy", "99.12 %"):
+        assert shown in text
+    assert "&lt;south&gt;" in html
+
+
 def test_the_page_shows_the_numbers_of_the_summary(full_page):
     text = Page(full_page).text
     for number in ("93.00 %", "95.00 %", "10.0 times smaller", "0.1000", "2 exact, 1 near", "truncated 2"):

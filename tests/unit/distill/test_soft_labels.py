@@ -7,17 +7,19 @@ import io
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from scipy.special import softmax
 
 from pu_ray import config as settings_of
-from pu_ray import schema
-from pu_ray.config import AugmentConfig
-from pu_ray.distill import answers, crops, soft_labels
+from pu_ray import embedding, lake, ledger, ray_train, schema
+from pu_ray.config import AugmentConfig, ImagesConfig
+from pu_ray.distill import answers, crops, fit, soft_labels
 from pu_ray.distill.answers import SoftLabels
 from pu_ray.distill.soft_labels import SoftLabeller
 from pu_ray.errors import DataError
 from pu_ray.images import sample_id
+from pu_ray.storage import Storage
 
 # -- crops by content --------------------------------------------------------------------------------------
 
@@ -95,8 +97,6 @@ def encoded(count):
 
 
 def labeller(crops_per_image=3):
-    from pu_ray import embedding
-
     config = job(crops_per_image)
     return SoftLabeller(Means, config, embedding.decoder(config)), config
 
@@ -143,3 +143,68 @@ def test_an_image_that_broke_since_it_was_chosen_stops_the_pass_and_is_named():
         actor(table.set_column(at, schema.BYTES, pa.array(broken, pa.large_binary())))
     assert caught.value.where == "1.png"
     assert caught.value.got == "not_an_image"
+
+
+# -- the pass and the worker's share, without Ray ----------------------------------------------------------
+
+
+def mined_and_labeled(root, mined, labeled):
+    """Artifacts as the stages before leave them: three files of mined images, and labeled images with their roles."""
+    storage = Storage(str(root))
+    order, entries = np.random.default_rng(1).permutation(mined), {}
+    _, table = encoded(mined + labeled)
+    contents, ids = table[schema.BYTES].to_pylist(), table[schema.SAMPLE_ID].to_pylist()
+    for name, rows in {"a": range(0, 9), "b": range(9, 10), "c": range(10, mined)}.items():
+        columns = {
+            schema.SAMPLE_ID: pa.array([ids[row] for row in rows], schema.SAMPLE_ID_TYPE),
+            schema.NAME: pa.array([None] * len(rows), pa.string()),
+            schema.ORDER: pa.array(order[list(rows)]),
+            schema.BYTES: pa.array([contents[row] for row in rows], pa.large_binary()),
+        }
+        storage.child("mined").write_table(f"data/{name}.parquet", pa.table(columns))
+        entries[name] = ledger.ShardEntry(name, "f", {f"data/{name}.parquet": len(rows)})
+    ledger.write_index(storage.child("mined"), entries)
+    roles = ["train", "validate", "calibrate", "train"] * (labeled // 4)
+    table = {schema.SAMPLE_ID: pa.array(ids[mined:], schema.SAMPLE_ID_TYPE), "role": roles}
+    storage.child("scorer").write_table("labeled.parquet", pa.table(table))
+    for row in range(mined, mined + labeled):
+        file = root / f"labeled/one/{row:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(contents[row])
+    return storage
+
+
+def passed(config, storage, taught):
+    """What the Ray pass does, unit by unit."""
+    folder, files = storage.child("soft_labels"), {}
+    actor = SoftLabeller(Means, config, embedding.decoder(config))
+    for unit in soft_labels._units(config, storage, ["one", "two"], taught):
+        name = f"data/{unit.shard.key}-{unit.first_row}.parquet"
+        answered = actor(unit.read())
+        assert answered.num_rows == unit.rows
+        folder.write_table(name, answered)
+        files.setdefault(unit.shard.path, {})[name] = unit.rows
+    ledger.write_index(folder, {path: ledger.ShardEntry(path, "f", found) for path, found in files.items()})
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_worker_finds_the_answers_for_its_own_images(tmp_path, monkeypatch, world):
+    monkeypatch.setattr(soft_labels, "_UNIT_ROWS", 4)
+    config = job(3).model_copy(update={"labeled": ImagesConfig(uri=str(tmp_path / "labeled"))})
+    storage = mined_and_labeled(tmp_path, mined=25, labeled=8)
+    passed(config, storage, taught=6)
+    labeled = lake.read_labeled(config.labeled.uri, ["one", "two"])
+    seen = 0
+    for rank in range(world):
+        worker = ray_train.Worker(rank, world, torch.device("cpu"), "float32", None, None, None, None)
+        batches = fit.batches_of(config, storage, labeled, 3, worker)
+        seen += batches.images
+        for source in batches.sources:
+            rows = np.arange(len(source))
+            pixels = source.images.take(rows)
+            for visit in range(3):
+                chosen, found = source.answers.take(rows, np.full(len(rows), visit))
+                theirs = Means().run(crops.cut(pixels, chosen))[1]
+                np.testing.assert_allclose(softmax(found, axis=1), softmax(theirs, axis=1), atol=5e-3)
+        assert batches.labeled.labels.tolist() == [0] * len(batches.labeled)
+    assert seen == 25 + 6, "all that teach, and those that choose the student are not among them"
