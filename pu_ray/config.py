@@ -455,7 +455,9 @@ class ExportConfig(_Section):
     opset: Annotated[int, Field(ge=18, le=24)] = 20
     max_logit_difference: PositiveFloat = Field(default=1e-3, description="Absolute, over real images.")
     min_agreement: OpenShare = Field(default=0.999, description="Share of real images with the same answer.")
-    min_int8_agreement: OpenShare = Field(default=0.97, description="The same, for onnx-int8.")
+    min_int8_agreement: OpenShare = Field(
+        default=0.97, description="The same, for onnx-int8; its 95 % interval must not lie below."
+    )
     max_int8_accuracy_drop: NonNegativeFloat = Field(
         default=2.0,
         description="Percentage points that onnx-int8 may lose on the labeled images of validation and calibration.",
