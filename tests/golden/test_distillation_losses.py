@@ -1,4 +1,4 @@
-"""pu_ray/distill/losses.py, what a job may add to the divergence, against numpy and scipy, at temperatures other than 1."""
+"""What a job may add to the divergence (distill/losses.py) against numpy and scipy, at temperatures other than 1."""
 
 from __future__ import annotations
 
