@@ -29,6 +29,7 @@ def disturbed(mode: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_node_that_dies_takes_no_more_than_one_checkpoint_interval_along(tmp_path: Path) -> None:
     result = disturbed("kill", tmp_path)
