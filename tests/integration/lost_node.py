@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-STEPS, INTERVAL, BATCH, CLASSES = 300, 20, 16, 3
-STEP_S = 0.03
+STEPS, INTERVAL, BATCH, CLASSES = 400, 100, 16, 3
+STEP_S = 0.03  # an interval takes seconds: a checkpoint needs one or two to reach the storage and the controller
 NOTICE_S = 20
 PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION
 
@@ -113,7 +113,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def disturb(mode: str, folder: Path, cluster: Any) -> None:
     """Wait until the training is under way, then take away the node of its last worker."""
-    while not lines(folder / "attempts.jsonl" if mode == "notice" else folder / "saved.jsonl"):
+    # The third checkpoint: the first may still be on its way to the storage.
+    sign, count = ("attempts.jsonl", 1) if mode == "notice" else ("saved.jsonl", 3)
+    while len(lines(folder / sign)) < count:
         time.sleep(0.05)
     last = (folder / "node").read_text()
     (node,) = [each for each in cluster.list_all_nodes() if each.node_id == last]
