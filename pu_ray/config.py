@@ -385,7 +385,9 @@ class DistillConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", lr=0.1, weight_decay=5e-4, schedule="one_cycle")
     validations: PositiveInt = Field(default=10, description="How often held-out labeled images judge the student.")
     checkpoint_steps: PositiveInt = Field(
-        default=500, description="Steps between two checkpoints, and the most that a lost machine takes along."
+        default=500,
+        description="Steps between two checkpoints, and the most that a lost machine takes along where they last "
+        "longer than a checkpoint's way to the storage, a second or two.",
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=3, description="Worker losses survived by a restart; machines that were announced to go do not count."
