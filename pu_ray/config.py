@@ -212,8 +212,13 @@ class ScorerConfig(_Section):
     kind: Literal["auto", "nnpu", "ted", "pvu"] = Field(
         default="auto",
         description="nnpu: non-negative PU risk (Kiryo et al. 2017); ted: (TED)^n, unlabeled images that look most "
-        "positive are left out (Garg et al. 2021); pvu: logistic positive-vs-unlabeled; auto: ted, unless another "
+        "positive are left out (Garg et al. 2021); pvu: logistic positive-vs-unlabeled; auto: nnpu, unless another "
         "ranks held-out positives clearly higher above the lake (finetuned: nnpu).",
+    )
+    neighbours: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Frozen features: add the cosine with the nearest labeled image to the head's logit, each "
+        "standardised over the lake. auto: with kind auto, unless a head alone ranks clearly better.",
     )
     features: Literal["frozen", "finetuned"] = Field(
         default="frozen", description="frozen: a head on cached features; finetuned: the whole network (the paper)."
@@ -563,6 +568,12 @@ class JobConfig(_Section):
                 "features.cascade spares the frozen teacher, and scorer.features 'finetuned' looks at every image with "
                 "a network of its own: set one of them otherwise"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _neighbours_need_a_head(self) -> Self:
+        if self.scorer.neighbours is True and self.scorer.features == "finetuned":
+            raise ValueError("scorer.neighbours adds to a head on frozen features, and scorer.features is 'finetuned'")
         return self
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
 """Stage `fit`: learn the PU scorer from labeled positives and a sample of the lake (paper, section 3.1).
 
-The labeled images are shared out once: for training, for choosing the epoch, and for the promises; a calibration image
-does nothing else. How a scorer learns is in training.py, and in finetune.py where its whole network does. Behind a
-cascade it learns on the same random sample as without (embedding.spied), and a calibration positive that the gate
-rejects counts as lost.
+The labeled images are shared out once: for training, for choosing epoch and scorer, and for the promises; a calibration
+image does nothing else. How a scorer learns is in training.py, which one is kept in choice.py; finetune.py trains the
+whole network. Behind a cascade it learns on the same random sample as without (embedding.spied), and a calibration
+positive that the gate rejects counts as lost.
 
 Writes `scorer/`: scorer.safetensors, scorer.onnx, neighbours.onnx, labeled.parquet (who plays which role),
 calibration.parquet (scores and classes of calibration positives), unlabeled.parquet (scores of held-out lake images).
@@ -11,7 +11,6 @@ calibration.parquet (scores and classes of calibration positives), unlabeled.par
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,14 +28,12 @@ from pu_ray.errors import DataError
 from pu_ray.lake import LabeledImages
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.progress import Progress
-from pu_ray.pu import finetune, risk, sample, scorers, threshold, training
+from pu_ray.pu import choice, finetune, sample, scorers, threshold
+from pu_ray.pu.choice import ClassMix
 from pu_ray.pu.prior import Fold, Prior, pooled_prior
-from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, fit_scorer, scores_of, streams_of
+from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, scores_of, streams_of
 from pu_ray.storage import Storage
 
-# The first is taken unless another is clearly better: differences of proxy AUCs are mostly noise (docs/LOG.md).
-_CANDIDATES = ("ted", "pvu", "nnpu")
-_CLEARLY = 2.0  # standard errors
 _BOOTSTRAP_RESAMPLES = 200
 
 
@@ -90,7 +87,11 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         held_out = scores_of(fitted.module, held_out_pixels)
     else:
         target.delete()
-        kind, fitted, candidates = _best_head(config, frozen, prior, progress)
+        mix = ClassMix(
+            positive.predicted[torch.tensor([role == "validate" for role in roles])].numpy(),
+            unlabeled_class[drawn.num_rows // 2 :],
+        )
+        kind, fitted, candidates = choice.best_scorer(settings, frozen, mix, prior.estimate, config.seed, progress)
         calibration = scores_of(fitted.module, frozen.positive_calibrate)
         held_out = scores_of(fitted.module, frozen.unlabeled_validate)
     calibration[~_passed_gate(config, storage, labeled)[calibrate.numpy()]] = -np.inf
@@ -174,64 +175,6 @@ def _passed_gate(config: JobConfig, storage: Storage, labeled: LabeledImages) ->
 # -- learning ----------------------------------------------------------------------------------------------
 
 
-def _ranking_head(settings: ScorerConfig, streams: Streams, seed: int, progress: Progress) -> Fitted:
-    """A positive-versus-unlabeled head on frozen features: it needs no prior, and ranks well."""
-    torch.manual_seed(seed)
-    head = scorers.Head(streams.unlabeled_train.shape[1], settings.attention, settings.hidden)
-    head.standardise_like(streams.unlabeled_train)
-    return fit_scorer(head, streams, risk.positive_versus_unlabeled, settings, seed, progress)
-
-
-def _best_head(
-    config: JobConfig, streams: Streams, prior: Prior, progress: Progress
-) -> tuple[str, Fitted, dict[str, float]]:
-    """The head of the configured kind; of `auto` (TED)^n, unless another ranks held-out positives clearly higher.
-
-    Returns:
-        Its kind, the head, and the proxy AUC of every kind that was tried.
-    """
-    settings = config.scorer
-    ranking = _ranking_head(settings, streams, config.seed, progress)
-    fitted: dict[str, Fitted] = {}
-    for kind in _CANDIDATES if settings.kind == "auto" else (settings.kind,):
-        if kind == "pvu":
-            fitted[kind] = ranking
-            continue
-        # Started from random weights, non-negative PU stops at whichever optimum is near; from a good ranking it
-        # mends that ranking (docs/LOG.md). (TED)^n needs one to know whom to leave out.
-        fitted[kind] = fit_scorer(
-            copy.deepcopy(ranking.module),
-            streams,
-            scorers.objective(settings.model_copy(update={"kind": kind}), prior.estimate),
-            settings,
-            config.seed,
-            progress,
-            leave_out=partial(training.most_positive, streams=streams, prior=prior.estimate) if kind == "ted" else None,
-        )
-    best, *others = fitted
-    for kind in others:
-        if _clearly_better(fitted[kind].module, fitted[best].module, streams):
-            best = kind
-    return best, fitted[best], {kind: each.proxy_auc for kind, each in fitted.items()}
-
-
-def _clearly_better(one: nn.Module, other: nn.Module, streams: Streams) -> bool:
-    """Whether the proxy AUC of one exceeds the other's by twice the standard error of their difference.
-
-    A proxy AUC is the mean over held-out positives of the share of the lake below each, so the difference is a mean of
-    pairs (DeLong et al. 1988, without the lake's own part, which is small beside that of few positives).
-    """
-    shares = []
-    for module in (one, other):
-        positive = scores_of(module, streams.positive_validate)
-        unlabeled = np.sort(scores_of(module, streams.unlabeled_validate))
-        below, up_to = (np.searchsorted(unlabeled, positive, side=side) for side in ("left", "right"))
-        shares.append((below + up_to) / (2 * len(unlabeled)))
-    difference = shares[0] - shares[1]
-    error = difference.std(ddof=1) / np.sqrt(len(difference))
-    return bool(difference.mean() > _CLEARLY * error)
-
-
 def _finetune(
     config: JobConfig, storage: Storage, kind: str, prior: Prior, identity: str, progress: Progress
 ) -> Fitted:
@@ -276,7 +219,7 @@ def _prior(
             unlabeled[learns_lake],
             unlabeled[lake_fold == judges],
         )
-        module = _ranking_head(head, streams, config.seed, progress).module
+        module = choice.ranking_head(head, streams, config.seed, progress).module
         held, held_lake = fold == number, lake_fold == number
         scores.append(
             Fold(

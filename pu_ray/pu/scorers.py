@@ -96,6 +96,37 @@ class Neighbours(nn.Module):
         return functional.normalize((features_ND - self.mean) / self.std, dim=1)
 
 
+class Joined(nn.Module):
+    """A head's logit and the nearest reference image's cosine, each standardised over the lake, added.
+
+    The two err differently: where one ranks badly the other holds the sum up (docs/LOG.md). As much of the lake scores
+    above 0 as has a logit above 0, so that the paper's rule means what it did.
+
+    Args:
+        head: Features to logits [N]; trained.
+        neighbours: Features to cosines [N].
+        unlabeled_ND: Features that give the standardisation.
+    """
+
+    per_std: Tensor
+    zero: Tensor
+
+    def __init__(self, head: nn.Module, neighbours: Neighbours, unlabeled_ND: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.neighbours = neighbours
+        with torch.no_grad():
+            both_2N = torch.stack([head.eval()(unlabeled_ND), neighbours(unlabeled_ND)])
+        self.register_buffer("per_std", 1 / both_2N.std(dim=1).clamp_min(_LEAST_STD))
+        sum_N = self.per_std @ both_2N
+        self.register_buffer("zero", torch.quantile(sum_N, (both_2N[0] <= 0).float().mean()))
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Scores [N]."""
+        logits_N, cosines_N = self.head(features_ND), self.neighbours(features_ND)
+        return cast(Tensor, self.per_std[0] * logits_N + self.per_std[1] * cosines_N - self.zero)
+
+
 class FinetunedScorer(nn.Module):
     """The paper's scorer: the whole network, initialised from the teacher, with attention over its stages."""
 

@@ -23,7 +23,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +64,7 @@ class Decoder:
         )
 
     def __call__(self, encoded: bytes) -> torch.Tensor:
-        return self._transform(Image.open(io.BytesIO(encoded)).convert(self._mode))
+        return cast(torch.Tensor, self._transform(Image.open(io.BytesIO(encoded)).convert(self._mode)))
 
     def batch(self, encoded: Any) -> torch.Tensor:
         """Uint8 [N, C, H, W]."""
@@ -143,7 +143,7 @@ def loop(job: JobConfig, lake: Path, out: Path) -> None:
     )
 
 
-class _LakeDataset(torch.utils.data.IterableDataset):
+class _LakeDataset(torch.utils.data.IterableDataset[tuple[list[str], torch.Tensor]]):
     """Decoded batches; the workers share the row groups among themselves."""
 
     def __init__(self, lake: Path, decode: Decoder, batch_size: int) -> None:
@@ -153,6 +153,7 @@ class _LakeDataset(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[list[str], torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
+        assert worker is not None, "a loader without worker processes"
         place = 0
         for path in sorted(self._lake.glob("*.parquet")):
             file = pq.ParquetFile(path)
@@ -298,7 +299,7 @@ def _run_limit(
     networks(pixels[: batch_size_of(job)])  # warm up
     barrier.wait()
     started = time.monotonic()
-    outputs = [networks(batch) for batch in pixels.split(batch_size_of(job))]
+    outputs = [networks(batch) for batch in torch.split(pixels, batch_size_of(job))]
     ended = time.monotonic()
     scores, logits = (torch.cat([torch.as_tensor(output[which]) for output in outputs]) for which in (0, 1))
     results.put((started, ended, scores.numpy(), logits.numpy()))

@@ -114,7 +114,7 @@ def _digits(count: int, generator: np.random.Generator) -> Iterator[Any]:
     pixels, _ = demo.digits()
     for row in generator.integers(len(pixels), size=count):
         angle = float(generator.uniform(-12, 12))
-        across, down = (float(shift) for shift in generator.integers(-2, 3, size=2))
+        across, down = (int(shift) for shift in generator.integers(-2, 3, size=2))
         tile = Image.fromarray(pixels[row]).rotate(angle, Image.Resampling.BILINEAR, translate=(across, down))
         yield np.asarray(tile)
 
@@ -169,7 +169,7 @@ def _train_teacher(pixels: Any, labels: Any, steps: int) -> Any:
 
     from pu_ray import images, models, optim
     from pu_ray.config import AugmentConfig, NetworkConfig, OptimizerConfig, PreprocessingConfig
-    from pu_ray.distill.data import augmented
+    from pu_ray.distill import crops
 
     torch.manual_seed(0)
     network = models.build(NetworkConfig(architecture=TEACHER), len(CLASSES), 1).to(memory_format=torch.channels_last)
@@ -181,12 +181,13 @@ def _train_teacher(pixels: Any, labels: Any, steps: int) -> Any:
     order = np.concatenate([generator.permutation(len(labels)) for _ in range(1 + steps * _BATCH // len(labels))])
     for step in range(steps):
         rows = order[step * _BATCH : (step + 1) * _BATCH]
-        batch = augmented(pixels[rows][..., None], AugmentConfig(crop_padding_px=2), generator)
+        batch = pixels[rows][..., None]
+        batch = crops.cut(batch, crops.draw(len(batch), batch.shape[1:3], AugmentConfig(crop_padding_px=2), generator))
         inputs = torch.from_numpy(images.normalise(batch, preprocessing))
         logits = network(inputs.contiguous(memory_format=torch.channels_last))
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[rows]))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return network

@@ -113,7 +113,7 @@ def characters(count: int, positive_share: float, seed: int, turned: bool) -> En
 
 def _turned(pixels: Any, generator: np.random.Generator) -> Any:
     angle = float(generator.uniform(-8, 8))
-    across, down = (float(shift) for shift in generator.integers(-1, 2, size=2))
+    across, down = (int(shift) for shift in generator.integers(-1, 2, size=2))
     tile = Image.fromarray(pixels).rotate(angle, Image.Resampling.BILINEAR, translate=(across, down))
     return np.asarray(tile)
 
@@ -210,10 +210,9 @@ def _calibrated(kind: Kind, teacher: Any, contents: Sequence[bytes]) -> Any:
         network.eval()
         logits = network(torch.from_numpy(images.normalise(pixels, teacher.preprocessing)))
         last = [module for module in network.modules() if isinstance(module, torch.nn.Linear)][-1]
-        last.bias -= logits.mean(dim=0)
         scale = 2 / logits.std(dim=0)
-        last.weight *= scale[:, None]
-        last.bias *= scale
+        last.weight.copy_(last.weight * scale[:, None])
+        last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
     return network
 
 
@@ -240,7 +239,7 @@ def _trained(teacher: Any) -> Any:
         logits = network(torch.from_numpy(images.normalise(crop, teacher.preprocessing)))
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[rows]))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return network

@@ -17,7 +17,7 @@ from pu_ray.errors import DataError
 from pu_ray.lake import fixed_list, to_matrix
 from pu_ray.ledger import ShardEntry
 from pu_ray.progress import Silent
-from pu_ray.pu import fit, risk, scorers, training
+from pu_ray.pu import risk, scorers, training
 from pu_ray.pu.sample import draw_unlabeled
 from pu_ray.pu.training import ROLES, Streams, assign_roles, fit_scorer
 from pu_ray.storage import Storage
@@ -305,34 +305,6 @@ def test_leaving_out_mends_a_ranking_that_took_hidden_positives_for_negatives():
     assert after > before - 0.005
     # Positives among the unlabeled are no longer pushed below zero.
     assert np.mean(training.scores_of(result.module, streams.unlabeled_validate)[truth] > 0) > 0.8
-
-
-# -- choosing a kind without true labels -------------------------------------------------------------------
-
-
-class Slope(nn.Module):
-    """Scores by one feature, and by noise of its own."""
-
-    def __init__(self, noise, seed):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.noise, self.seed = noise, seed
-
-    def forward(self, x):
-        generator = torch.Generator().manual_seed(self.seed + len(x))
-        return x[:, 0] * self.weight + self.noise * torch.randn(len(x), generator=generator)
-
-
-def test_only_a_clearly_better_ranking_displaces_the_preferred_kind():
-    generator = torch.Generator().manual_seed(0)
-    held = torch.randn(80, 1, generator=generator) + 2, torch.randn(900, 1, generator=generator)
-    streams = Streams(held[0], held[0], held[0], held[1], held[1])
-    good, as_good, bad = Slope(0.3, 1), Slope(0.3, 2), Slope(3.0, 3)
-    assert fit._clearly_better(good, bad, streams)
-    assert not fit._clearly_better(bad, good, streams)
-    assert not fit._clearly_better(good, as_good, streams)
-    assert not fit._clearly_better(as_good, good, streams)
-    assert not fit._clearly_better(good, good, streams)
 
 
 # -- going on from a checkpoint ----------------------------------------------------------------------------

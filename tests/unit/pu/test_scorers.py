@@ -112,6 +112,36 @@ def test_a_reference_image_is_its_own_nearest():
     torch.testing.assert_close(scorers.Neighbours(reference, unlabeled)(reference), torch.ones(4))
 
 
+def test_a_joined_scorer_adds_what_is_standardised_over_the_lake():
+    generator = torch.Generator().manual_seed(0)
+    reference, unlabeled, rows = (torch.randn(n, 6, generator=generator) for n in (5, 400, 7))
+    torch.manual_seed(0)
+    head, neighbours = Head(6, attention=False, hidden=3), scorers.Neighbours(reference, unlabeled)
+    joined = scorers.Joined(head, neighbours, unlabeled)
+
+    def by_hand(features):
+        parts = [(each(features).detach().numpy(), each(unlabeled).detach().numpy()) for each in (head, neighbours)]
+        return sum((values - lake.mean()) / lake.std(ddof=1) for values, lake in parts)
+
+    difference = joined(rows).detach().numpy() - by_hand(rows)
+    np.testing.assert_allclose(difference, difference[0], atol=1e-5, err_msg="but for where zero lies")
+    above = int((joined(unlabeled) > 0).sum()), int((head(unlabeled) > 0).sum())
+    assert 0 < above[1] < 400
+    assert abs(above[0] - above[1]) <= 1
+
+
+def test_a_joined_scorer_travels_with_its_weights():
+    generator = torch.Generator().manual_seed(0)
+    unlabeled, rows = (torch.randn(n, 6, generator=generator) for n in (40, 7))
+    one, other = (
+        scorers.Joined(Head(6, attention=True, hidden=3), scorers.Neighbours(part[:5], part), part)
+        for part in (unlabeled, unlabeled + 1)
+    )
+    assert not torch.allclose(one(rows), other(rows))
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(other(rows), one(rows))
+
+
 # -- objectives --------------------------------------------------------------------------------------------
 
 POSITIVE, UNLABELED = torch.tensor([0.3, 1.2]), torch.tensor([-0.4, 0.1, 0.9])
