@@ -174,16 +174,37 @@ def test_the_last_step_is_validated_even_when_the_intervals_do_not_meet_it():
     assert [record["step"] for record in history] == [2, 4, 6, 8, 10, 11]
 
 
-def test_the_kept_student_is_the_latest_of_the_best():
+def test_the_kept_student_is_the_latest_that_is_not_clearly_worse_than_the_best():
     student = new_student()
     state = train(student, settings(max_steps=40, validations=10))
     accuracies = {record["step"]: record["validation_accuracy"] for record in state.history}
-    assert state.best_accuracy == max(accuracies.values())
-    assert state.best_step == max(step for step, value in accuracies.items() if value == state.best_accuracy)
+    highest = max(accuracies.values())
+    share = (60 * highest + 2) / 64
+    allowed = highest - (share * (1 - share) / 64) ** 0.5
+    assert state.highest_accuracy == highest
+    assert state.best_step == max(step for step, value in accuracies.items() if value >= allowed)
+    assert state.best_accuracy == accuracies[state.best_step]
     other = new_student(9)
     other.load_state_dict(state.best_weights)
     normalise = models.Normalised(nn.Identity(), PREPROCESSING)
     assert loop.accuracy_of(other, normalise, pictures(60, 3), CPU) == state.best_accuracy
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "kept"),
+    [
+        ([0.5, 0.9, 0.1, 0.87], 24),  # one standard error of 0.9 in 60 is 0.042
+        ([0.5, 0.9, 0.1, 0.85], 12),
+        ([0.5, 0.9, 0.88, 0.1], 18),
+        ([1.0, 0.99, 0.97, 0.96], 12),  # of 1.0 it is 0.022
+        ([0.0, 0.0, 0.0, 0.0], 24),
+    ],
+)
+def test_an_earlier_student_is_kept_only_where_it_is_clearly_better(monkeypatch, accuracies, kept):
+    told = iter(accuracies)
+    monkeypatch.setattr(loop, "accuracy_of", lambda *_: next(told))
+    state = train(new_student(), settings())
+    assert (state.best_step, state.best_accuracy) == (kept, accuracies[kept // 6 - 1])
 
 
 def test_the_kept_weights_do_not_change_with_further_training(monkeypatch):
