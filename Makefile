@@ -11,7 +11,7 @@ NAME ?= quickstart
 unexport PYTHONDONTWRITEBYTECODE
 export SCALE
 
-.PHONY: help install quickstart test test-all fmt lint types imports check bench fashion-mnist clean
+.PHONY: help install quickstart test test-all fmt lint types imports check bench fashion-mnist stubs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,11 +62,17 @@ $(BENCH_STAMP): $(STAMP)
 	@$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv-bench/requirements.txt
 	@touch $@
 
-bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) ## Measure NAME=quickstart (default), mining or quality (SCALE=small) anew, ARGS="--help"; print its table
+bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small) or distill anew, ARGS="--help"; print its table
 	@$(if $(filter mining,$(NAME)),$(BENCH_BIN),$(BIN))/python -m tests.benchmarks.$(NAME) $(ARGS)
 
 fashion-mnist: ## Install Debian's package with the images of the quality benchmark (else torchvision downloads them)
 	apt-get install -y -q dataset-fashion-mnist
+
+# Of an older generator on purpose: what it writes runs with two major versions of protobuf.
+stubs: $(STAMP) ## Write serving/inference_pb2*.py anew from serving/inference.proto
+	@test -x .venv-stubs/bin/python || $(BIN)/python -m venv .venv-stubs
+	@.venv-stubs/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.76.0
+	@.venv-stubs/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. serving/inference.proto
 
 clean: ## Remove the demo and its runs, keep .venv
 	@rm -rf demo runs

@@ -6,12 +6,11 @@ configuration, 3 data, 4 cluster, 5 quality gate failed, 130 interrupted.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,8 +19,10 @@ import yaml
 
 import pu_ray
 from pu_ray import config as settings_of
+from pu_ray import serving_commands
 from pu_ray.config import JobConfig, ResolvedConfig
 from pu_ray.errors import INTERRUPTED_EXIT_STATUS, ConfigError, PuRayError
+from pu_ray.options import Address, Job, Json, Quiet, Set, State, Verbose, print_json
 from pu_ray.progress import Narrator
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=pu_ray.__doc__)
@@ -29,36 +30,15 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at a job's settings.")
 app.add_typer(config_app, name="config")
 lake_app = typer.Typer(no_args_is_help=True, help="Look into a lake, or rebuild one in well-cut shards.")
 app.add_typer(lake_app, name="lake")
-
-Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one setting; repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own logs, and tracebacks.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No narration.")]
-Address = Annotated[
-    str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine.")
-]
-Url = Annotated[str, typer.Option(help="Address of a running `pu-ray serve`.")]
-
+serving_commands.add_to(app)
 
 # Typer brings its own copy of click and names only the leaves of its exceptions: this is their root.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
 
-class _State:
-    """Flags of the running command that the exit path needs."""
-
-    verbose = False
-    resume_hint = ""
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
 def _load(job: Path, overrides: list[str] | None) -> ResolvedConfig:
     resolved = settings_of.load(job, overrides or [])
-    _State.resume_hint = "run the same command again: what is finished is kept"
+    State.resume_hint = "run the same command again: what is finished is kept"
     return resolved
 
 
@@ -104,11 +84,11 @@ def run(
     address: Address = None,
 ) -> None:
     """The whole chain, resumable: run it again and it goes on."""
-    _State.verbose = verbose
+    State.verbose = verbose
     resolved = _load(job, set_)
     summary = _pipeline(resolved, address, verbose, quiet).run()
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         print(_achieved(summary, resolved.job))
 
@@ -122,10 +102,10 @@ def _stage_command(verb: str, help_text: str) -> None:
         quiet: Quiet = False,
         address: Address = None,
     ) -> None:
-        _State.verbose = verbose
+        State.verbose = verbose
         manifests = _pipeline(_load(job, set_), address, verbose, quiet).run_verb(verb)
         if as_json:
-            _print_json([document.model_dump(mode="json", exclude={"files"}) for document in manifests])
+            print_json([document.model_dump(mode="json", exclude={"files"}) for document in manifests])
         else:
             for document in manifests:
                 print(f"{document.stage}: " + ", ".join(f"{key} {value:,}" for key, value in document.counts.items()))
@@ -148,11 +128,11 @@ for _verb, _help in {
 @app.command()
 def report(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose = False) -> None:
     """Write report.html and summary.json of what is there."""
-    _State.verbose = verbose
+    State.verbose = verbose
     resolved = _load(job, set_)
     summary = _pipeline(resolved, None, verbose, quiet=True).report()
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         print(_achieved(summary, resolved.job))
 
@@ -172,12 +152,12 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Have a person judge a sample of the selection: a bound on precision that holds."""
-    _State.verbose = verbose
+    State.verbose = verbose
     pipeline = _pipeline(_load(job, set_), None, verbose, quiet)
     if answers is None:
         drawn = pipeline.audit(images)
         if as_json:
-            _print_json(drawn)
+            print_json(drawn)
         else:
             print(_to_judge(drawn, job))
         return
@@ -185,7 +165,7 @@ def audit(
 
     audited = pipeline.audited(answers)
     if as_json:
-        _print_json(audited.model_dump(mode="json", exclude={"files"}))
+        print_json(audited.model_dump(mode="json", exclude={"files"}))
     else:
         print(auditor.render(audited))
 
@@ -213,14 +193,14 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Build a small, real task: MNIST digits hidden in a lake of letters, and a teacher."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from pu_ray import demo as builder
 
     narrator = Narrator()
     with narrator.stage("teacher") as progress:
         built = builder.build(folder, builder.DemoSize(lake_rows=rows, teacher_steps=teacher_steps), seed, progress)
     if as_json:
-        _print_json(built)
+        print_json(built)
     else:
         narrator.say(f"{folder}: " + ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in built.items()))
 
@@ -233,7 +213,7 @@ def config_show(job: Job, set_: Set = None, as_json: Json = False) -> None:
     """Every setting with its value and where it came from."""
     resolved = _load(job, set_)
     if as_json:
-        _print_json({path: {"value": value, "origin": origin} for path, value, origin in resolved.values()})
+        print_json({path: {"value": value, "origin": origin} for path, value, origin in resolved.values()})
         return
     for path, value, origin in resolved.values():
         text = yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).splitlines()[0]
@@ -243,7 +223,7 @@ def config_show(job: Job, set_: Set = None, as_json: Json = False) -> None:
 @config_app.command("schema")
 def config_schema() -> None:
     """The JSON Schema of a job file, for editors."""
-    _print_json(settings_of.json_schema())
+    print_json(settings_of.json_schema())
 
 
 # -- lakes -------------------------------------------------------------------------------------------------
@@ -281,7 +261,7 @@ def lake_inspect(
     quiet: Quiet = False,
 ) -> None:
     """Shards, images, formats, sizes and what is broken, from a random sample."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from pu_ray import lake_inspect as inspector
 
     with Narrator(quiet).stage("inspect") as progress:
@@ -289,7 +269,7 @@ def lake_inspect(
     if sheet is not None:
         inspector.write_sheet(sheet, tiles)
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
         print(inspector.render(found))
 
@@ -305,15 +285,15 @@ def lake_build(
     quiet: Quiet = False,
 ) -> None:
     """Copy images into well-cut Parquet shards, untouched; run it again and it goes on."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from pu_ray import lake_build as builder
 
     config = _lake(source, kind)
-    _State.resume_hint = "run the same command again: finished shards are kept"
+    State.resume_hint = "run the same command again: finished shards are kept"
     with Narrator(quiet).stage("build") as progress:
         built = builder.build(config, destination, shard_mb, progress)
     if as_json:
-        _print_json(built.model_dump(mode="json"))
+        print_json(built.model_dump(mode="json"))
     else:
         print(builder.render(built))
 
@@ -329,12 +309,12 @@ SubmissionId = Annotated[str, typer.Argument(metavar="SUBMISSION", help="As prin
 @app.command()
 def plan(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose = False) -> None:
     """Dry run: the lake's size, what the cluster needs, time and cost, refusals."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from cluster import plan as planner
 
     made = planner.make(_load(job, set_).job, planner.load_prices())
     if as_json:
-        _print_json(made.model_dump(mode="json"))
+        print_json(made.model_dump(mode="json"))
     else:
         print(planner.render(made))
     raise typer.Exit(made.exit_status)
@@ -350,7 +330,7 @@ def submit(
     verbose: Verbose = False,
 ) -> None:
     """Submit the job to a cluster; the same job is never started twice."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from cluster import submit as jobs
 
     _say_submission(jobs.submit(_load(job, set_).job, address, wait=wait), as_json)
@@ -361,7 +341,7 @@ def status(
     submission: SubmissionId, address: JobsAddress = None, as_json: Json = False, verbose: Verbose = False
 ) -> None:
     """How a submitted job is doing."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from cluster import submit as jobs
 
     _say_submission(jobs.status(submission, address), as_json)
@@ -375,7 +355,7 @@ def logs(
     verbose: Verbose = False,
 ) -> None:
     """What a submitted job has said."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from cluster import submit as jobs
 
     for text in jobs.logs(submission, address, follow=follow):
@@ -385,7 +365,7 @@ def logs(
 @app.command()
 def stop(submission: SubmissionId, address: JobsAddress = None, verbose: Verbose = False) -> None:
     """Stop a submitted job; what is finished is kept."""
-    _State.verbose = verbose
+    State.verbose = verbose
     from cluster import submit as jobs
 
     print("stopped" if jobs.stop(submission, address) else "it was not running")
@@ -393,80 +373,10 @@ def stop(submission: SubmissionId, address: JobsAddress = None, verbose: Verbose
 
 def _say_submission(result: Any, as_json: bool) -> NoReturn:
     if as_json:
-        _print_json({key: getattr(result, key) for key in ("submission_id", "action", "status", "message")})
+        print_json({key: getattr(result, key) for key in ("submission_id", "action", "status", "message")})
     else:
         print(f"{result.submission_id}  {result.status}" + (f"  {result.message}" if result.message else ""))
     raise typer.Exit(result.exit_status)
-
-
-# -- serving -----------------------------------------------------------------------------------------------
-
-
-@app.command()
-def serve(
-    students: Annotated[list[str], typer.Argument(metavar="EXPORTED...", help="Folders or URIs of exported students.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port.")] = 8000,
-    no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Listen beyond this machine although nobody is authenticated.")
-    ] = False,
-    address: Address = None,
-    verbose: Verbose = False,
-) -> None:
-    """Serve exported students on Ray Serve until Ctrl-C."""
-    _State.verbose = verbose
-    _State.resume_hint = "the server has stopped"
-    from cluster.session import ray_session
-    from serving import app as server
-    from serving.settings import ServingSettings
-
-    settings = ServingSettings()
-    narrator = Narrator()
-
-    def on_ready(url: str) -> None:
-        narrator.say(f"serving at {url}; Ctrl-C stops it. For example:\n  pu-ray predict --url {url} IMAGE")
-
-    needed = len(students) * settings.replicas * settings.cpus_per_replica + 2.0
-    with ExitStack() as stack:
-        if not verbose:
-            # Ray reports the end of its own controller on stdout, as an error.
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        stack.enter_context(ray_session(address=address, verbose=verbose, needed_cpus=needed))
-        server.run_until_interrupted(students, settings, host=host, port=port, allow_remote=no_auth, on_ready=on_ready)
-
-
-@app.command()
-def predict(
-    image_files: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    url: Url = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="Which student; default: the only one.")] = None,
-    top_k: Annotated[int, typer.Option(help="Answers per image.")] = 3,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Classify images with a served student."""
-    _State.verbose = verbose
-    from serving import client
-
-    answers = []
-    for file in image_files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise ConfigError("the image cannot be read", where=str(file), got=error.strerror) from error
-        answers.append((file, client.classify(url, model, content, top_k)))
-    if as_json:
-        _print_json([{"file": str(file), **_as_json(answer)} for file, answer in answers])
-        return
-    for file, answer in answers:
-        said = ", ".join(f"{item.label} {item.probability:.3f}" for item in answer.predictions)
-        print(f"{file}: {said}")
-
-
-def _as_json(answer: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(answer)
 
 
 # -- what is said at the end -------------------------------------------------------------------------------
@@ -545,17 +455,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
-    _State.verbose, _State.resume_hint = False, ""
+    State.verbose, State.resume_hint = False, ""
     try:
         outcome = app(args=arguments, standalone_mode=False)
         # Typer turns Ctrl-C into this exit status by itself.
         if outcome != INTERRUPTED_EXIT_STATUS:
             return outcome if isinstance(outcome, int) else 0
     except PuRayError as error:
-        if _State.verbose:
+        if State.verbose:
             traceback.print_exc()
         if "--json" in arguments:
-            _print_json({"error": {"code": error.code, "problem": error.problem, **error.as_dict()}})
+            print_json({"error": {"code": error.code, "problem": error.problem, **error.as_dict()}})
         print(f"error ({error.code}): {error}", file=sys.stderr)
         return error.exit_status
     except (typer.Abort, KeyboardInterrupt):
@@ -563,5 +473,5 @@ def _run(arguments: list[str]) -> int:
     except _UsageError as error:
         error.show()
         return int(error.exit_code)
-    print(f"interrupted; {_State.resume_hint or 'nothing was changed'}", file=sys.stderr)
+    print(f"interrupted; {State.resume_hint or 'nothing was changed'}", file=sys.stderr)
     return INTERRUPTED_EXIT_STATUS

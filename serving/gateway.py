@@ -1,4 +1,4 @@
-"""The HTTP face of the students: routes, limits, and one form for every error. Starlette, without Ray.
+"""The HTTP face of the students: routes, one form for every error, one log line for every request. No Ray.
 
 Handlers read the raw body, because clients of the Open Inference Protocol send JSON without a Content-Type. Every
 error is `{"error": "..."}`, the framework's own (404, 405, 500) included. Log lines name students, counts and
@@ -6,123 +6,156 @@ times, never what was sent.
 
     GET  /v2   /v2/health/live   /v2/health/ready   /v2/models   /v2/models/{m}   /v2/models/{m}/ready
     POST /v2/models/{m}/infer          each of the three also as /v2/models/{m}/versions/{v}...
-    POST /v1/classify?model=&top_k=    body: one encoded image
+    POST /v2/repository/index          Triton's list of models
+    POST /v1/classify?model=&top_k=    body: one encoded image, a form, or JSON
+    GET  /   /docs   /openapi.json     for people
+
+Health, the pages and the description of the interface are open; everything else wants a token, where there are any.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
+from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pu_ray.images import ImageError
-from serving import protocol
-from serving.predictor import Images, Predictions
-from serving.protocol import ProtocolError
+from serving import bodies, openapi, protocol, uploads
+from serving.auth import CHALLENGE, Guard
+from serving.desk import Desk, Served, Unavailable
 from serving.registry import Student
-from serving.settings import ServingSettings
+from serving.tensors import ProtocolError
 
-# Replicas of Ray Serve show this logger and its children; any other name would be swallowed there.
 _log = logging.getLogger("ray.serve.pu_ray")
+
+REQUEST_ID = "X-Request-ID"
 
 _DEFAULT_TOP_K = 5
 _IMAGE_STATUS = {"too_large": 413, "not_an_image": 415, "unsupported": 415}
+_OPEN = {"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
+_PAGES = {"page.css": "text/css", "page.js": "text/javascript"}
+_PROPER_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; "
+    "base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class Unavailable(Exception):
-    """The student cannot answer now, but may soon: too many wait already, or its process is being replaced."""
-
-
-class Backend(Protocol):
-    """Where a student's answers come from."""
-
-    async def predict(self, images: Images) -> Predictions:
-        """Answer N images.
-
-        Raises:
-            Unavailable: Not now.
-        """
-        ...
-
-    async def ready(self) -> bool:
-        """Whether a request would be answered."""
-        ...
-
-
-def application(
-    students: Sequence[Student], backends: Mapping[str, Backend], settings: ServingSettings, max_requests: int
-) -> Starlette:
+def application(desk: Desk, guard: Guard | None) -> ASGIApp:
     """The web application.
 
     Args:
-        students: Whom to announce; names are unique.
-        backends: By student's name.
-        settings: Limits of body, images and time.
-        max_requests: Requests with a body that may be inside at once, and so of the memory they take; more are told
-            to come back (503) before their bodies are read.
+        desk: Whom requests are for.
+        guard: Knows the tokens; None: everybody may ask.
     """
-    gateway = _Gateway({student.name: student for student in students}, backends, settings)
-    admission = _Admission(max_requests)
+    gateway = _Gateway(desk)
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
     routes: list[tuple[str, str, Handler]] = [
+        ("GET", "/", _page("index.html", "text/html")),
+        ("GET", "/docs", gateway.docs),
+        ("GET", "/openapi.json", gateway.openapi),
+        *(("GET", f"/page/{name}", _page(name, kind)) for name, kind in _PAGES.items()),
         ("GET", "/v2", gateway.server),
         ("GET", "/v2/health/live", gateway.live),
         ("GET", "/v2/health/ready", gateway.ready),
         ("GET", "/v2/models", gateway.models),
-        ("POST", "/v1/classify", admission.limit(gateway.classify)),
+        ("POST", "/v2/repository/index", gateway.index),
+        ("POST", "/v1/classify", gateway.classify),
     ]
     for base in (model, version):
         routes += [
             ("GET", base, gateway.model),
             ("GET", f"{base}/ready", gateway.model_ready),
-            ("POST", f"{base}/infer", admission.limit(gateway.infer)),
+            ("POST", f"{base}/infer", gateway.infer),
         ]
     app = Starlette(
         routes=[Route(path, _with_json_errors(handler), methods=[method]) for method, path, handler in routes],
         exception_handlers={HTTPException: _framework_error},
     )
     app.router.redirect_slashes = False
-    return app
+    return _Door(app, guard)
 
 
-class _Admission:
-    """Counts the requests inside; documents and probes are never counted."""
+# -- before and after every request ------------------------------------------------------------------------
 
-    def __init__(self, max_requests: int) -> None:
-        self._max_requests = max_requests
-        self._inside = 0
 
-    def limit(self, handler: Handler) -> Handler:
-        async def admitted(request: Request) -> Response:
-            if self._inside >= self._max_requests:
-                raise Unavailable("too many requests are being answered")
-            self._inside += 1
-            try:
-                return await handler(request)
-            finally:
-                self._inside -= 1
+class _Door:
+    """Asks for the token before anything is read, gives every request an id, and writes its line in the log."""
 
-        return admitted
+    def __init__(self, app: ASGIApp, guard: Guard | None) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        headers = Headers(scope=scope)
+        asked = headers.get(REQUEST_ID, "")
+        number = asked if _PROPER_ID.fullmatch(asked) else uuid.uuid4().hex
+        scope.setdefault("state", {})
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = number
+            await send(message)
+
+        who = await self._known(scope["path"], headers)
+        if who is None:
+            refused = _error(401, "this server wants a token: Authorization: Bearer ...", CHALLENGE)
+            await refused(scope, receive, sending)
+        else:
+            await self._app(scope, receive, sending)
+        told = scope["state"]
+        _log.info(
+            "request id=%s client=%s method=%s route=%s model=%s version=%s images=%d failed=%d status=%d seconds=%.4f",
+            number,
+            who or "-",
+            scope["method"],
+            # The path as it was asked for may be anything; its pattern is ours.
+            getattr(scope.get("route"), "path", "-"),
+            told.get("model", "-"),
+            told.get("version", "-")[:12],
+            told.get("images", 0),
+            told.get("failed", 0),
+            status,
+            time.monotonic() - started,
+        )
+
+    async def _known(self, path: str, headers: Headers) -> str | None:
+        if self._guard is None or path in _OPEN or path.startswith("/page/"):
+            return "anyone"
+        await self._guard.refresh()
+        return self._guard.name_of(headers.get("authorization"))
+
+
+# -- the handlers ------------------------------------------------------------------------------------------
 
 
 class _Gateway:
-    def __init__(
-        self, students: Mapping[str, Student], backends: Mapping[str, Backend], settings: ServingSettings
-    ) -> None:
-        self._students = students
-        self._backends = backends
-        self._settings = settings
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
 
     # -- what there is ------------------------------------------------------------------------------------
 
@@ -133,115 +166,97 @@ class _Gateway:
         return JSONResponse({"live": True})
 
     async def ready(self, _request: Request) -> Response:
-        names = list(self._students)
-        answers = await asyncio.gather(*(self._backends[name].ready() for name in names))
-        waiting = [name for name, is_ready in zip(names, answers, strict=True) if not is_ready]
-        if waiting:
+        if waiting := await self._desk.waiting_for():
             return JSONResponse({"ready": False, "error": f"not ready: {', '.join(waiting)}"}, 503)
         return JSONResponse({"ready": True})
 
     async def models(self, _request: Request) -> Response:
-        listed = [{"name": student.name, "versions": [student.version]} for student in self._students.values()]
+        listed = [
+            {"name": name, "versions": list(offer.versions), "route": offer.route.model_dump()}
+            for name, offer in self._desk.offers.items()
+        ]
         return JSONResponse({"models": listed})
 
+    async def index(self, _request: Request) -> Response:
+        return JSONResponse(await self._desk.index())
+
     async def model(self, request: Request) -> Response:
-        return JSONResponse(protocol.model_metadata(self._addressed(request)))
+        served = self._addressed(request)
+        versions = list(self._desk.offer(served.student.name).versions)
+        return JSONResponse(protocol.model_metadata(served.student, versions))
 
     async def model_ready(self, request: Request) -> Response:
-        student = self._addressed(request)
-        if not await self._backends[student.name].ready():
-            return JSONResponse({"name": student.name, "ready": False, "error": f"not ready: {student.name}"}, 503)
-        return JSONResponse({"name": student.name, "ready": True})
+        served = self._addressed(request)
+        name = served.student.name
+        if not await served.backend.ready():
+            return JSONResponse({"name": name, "ready": False, "error": f"not ready: {name}"}, 503)
+        return JSONResponse({"name": name, "ready": True})
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.document(self._students(), str(request.base_url)))
+
+    async def docs(self, request: Request) -> Response:
+        page = openapi.page(openapi.document(self._students(), str(request.base_url)))
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+    def _students(self) -> list[Student]:
+        return [offer.versions[offer.route.stable].student for offer in self._desk.offers.values()]
 
     # -- answers ------------------------------------------------------------------------------------------
 
     async def infer(self, request: Request) -> Response:
-        student = self._addressed(request)
-        body = await self._read_body(request)
-        header_length = request.headers.get(protocol.HEADER_LENGTH)
-        wanted = protocol.parse_infer(body, header_length, student, self._settings.max_images)
-        reply = protocol.format_infer(wanted, await self._predict(student, wanted.images), student)
-        return Response(reply.body, headers=reply.headers)
+        with self._desk.admitted():
+            served = self._addressed(request)
+            body = await self._body_of(request)
+            header_length = request.headers.get(protocol.HEADER_LENGTH)
+            wanted = protocol.parse_infer(body, header_length, served.student, self._desk.settings.max_images)
+            predictions = await self._desk.predict(served, wanted.images)
+            _tell(request, served, len(wanted.images), len(predictions.failures))
+            reply = protocol.format_infer(wanted, predictions, served.student)
+            return bodies.deflated(Response(reply.body, headers=reply.headers), request.headers)
 
     async def classify(self, request: Request) -> Response:
-        student = self._chosen(request)
-        count = _top_k(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not kind.startswith("image/") and kind != "application/octet-stream":
-            raise ProtocolError(415, "the body must be one encoded image with a Content-Type of image/...")
-        image = await self._read_body(request)
-        predictions = await self._predict(student, [image])
-        if 0 in predictions.failures:
-            raise _image_error(predictions.failures[0])
-        best = [
-            {"label": student.labels[index], "index": index, "probability": probability}
-            for index, probability in predictions.top(0, count)
-        ]
-        return JSONResponse({"model": student.name, "version": student.version, "predictions": best})
+        with self._desk.admitted():
+            served = self._chosen(request)
+            count = _top_k(request)
+            image = await uploads.image_in(request.headers, await self._body_of(request))
+            predictions = await self._desk.predict(served, [image])
+            _tell(request, served, 1, len(predictions.failures))
+            if 0 in predictions.failures:
+                raise _image_error(predictions.failures[0])
+            student = served.student
+            best = [
+                {"label": student.labels[index], "index": index, "probability": probability}
+                for index, probability in predictions.top(0, count)
+            ]
+            return JSONResponse({"model": student.name, "version": student.version, "predictions": best})
 
-    def _addressed(self, request: Request) -> Student:
-        """The student that the path names."""
-        student = self._named(request.path_params["model"])
-        version = request.path_params.get("version", student.version)
-        if version != student.version:
-            raise ProtocolError(404, f"{student.name!r} has no such version; it is {student.version}")
-        return student
+    def _addressed(self, request: Request) -> Served:
+        """Whom the path names."""
+        return self._desk.served(request.path_params["model"], request.path_params.get("version"))
 
-    def _chosen(self, request: Request) -> Student:
-        """The student that the query names, or the only one."""
+    def _chosen(self, request: Request) -> Served:
+        """Whom the query names, or the only one."""
         name = request.query_params.get("model")
-        if name is not None:
-            return self._named(name)
-        if len(self._students) > 1:
-            raise ProtocolError(400, f"there are several students, choose one with ?model=: {self._names()}")
-        return next(iter(self._students.values()))
+        if name is None:
+            if len(self._desk.offers) > 1:
+                raise ProtocolError(400, f"there are several students, choose one with ?model=: {self._desk.names}")
+            name = next(iter(self._desk.offers))
+        return self._desk.served(name, request.query_params.get("version"))
 
-    def _named(self, name: str) -> Student:
-        if name not in self._students:
-            raise ProtocolError(404, f"there is no student of this name; there is: {self._names()}")
-        return self._students[name]
+    async def _body_of(self, request: Request) -> bytes:
+        settings = self._desk.settings
+        return await bodies.read(request, settings.max_body_bytes, settings.request_timeout_s)
 
-    def _names(self) -> str:
-        return ", ".join(self._students)
 
-    async def _read_body(self, request: Request) -> bytes:
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise ProtocolError(415, "compressed bodies are not supported; send it without Content-Encoding")
-        limit = self._settings.max_body_bytes
-        too_large = ProtocolError(413, f"the body is larger than {limit} bytes")
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            raise too_large
-        chunks: list[bytes] = []
-        received = 0
-        try:
-            async with asyncio.timeout(self._settings.request_timeout_s):
-                async for chunk in request.stream():
-                    received += len(chunk)
-                    if received > limit:
-                        raise too_large
-                    chunks.append(chunk)
-        except TimeoutError as error:
-            raise ProtocolError(408, f"the body took longer than {self._settings.request_timeout_s:g} s") from error
-        except ClientDisconnect as error:
-            raise ProtocolError(400, "the client went away") from error
-        return b"".join(chunks)
-
-    async def _predict(self, student: Student, images: Images) -> Predictions:
-        started = time.monotonic()
-        try:
-            async with asyncio.timeout(self._settings.request_timeout_s):
-                predictions = await self._backends[student.name].predict(images)
-        except TimeoutError as error:
-            raise ProtocolError(504, f"no answer within {self._settings.request_timeout_s:g} s") from error
-        _log.info(
-            "predicted model=%s images=%d failed=%d seconds=%.4f",
-            student.name,
-            len(images),
-            len(predictions.failures),
-            time.monotonic() - started,
-        )
-        return predictions
+def _tell(request: Request, served: Served, images: int, failed: int) -> None:
+    """For the line in the log."""
+    request.scope["state"] |= {
+        "model": served.student.name,
+        "version": served.student.version,
+        "images": images,
+        "failed": failed,
+    }
 
 
 def _top_k(request: Request) -> int:
@@ -249,6 +264,18 @@ def _top_k(request: Request) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= len(text) <= 9) or int(text) < 1:
         raise ProtocolError(400, "top_k must be a whole number of at least 1")
     return int(text)
+
+
+def _page(name: str, kind: str) -> Handler:
+    content = resources.files("serving").joinpath("page", name).read_bytes()
+
+    async def page(_request: Request) -> Response:
+        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+    return page
+
+
+# -- errors ------------------------------------------------------------------------------------------------
 
 
 def _image_error(error: ImageError) -> ProtocolError:

@@ -6,14 +6,14 @@ Nothing is served that the export stage did not finish, that changed since, or t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from pu_ray import manifest
 from pu_ray.config import PreprocessingConfig
-from pu_ray.errors import ConfigError, DataError, GateError
+from pu_ray.errors import DataError, GateError
 from pu_ray.storage import Storage, sha256_of
 
 MODEL = "model.onnx"
@@ -21,7 +21,7 @@ LABELS = "labels.txt"
 PREPROCESSING = "preprocess.json"
 
 # The names a job may have (config.JobConfig.name); anything else would break URLs and log lines.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def load(uri: str) -> LoadedStudent:
             hint="look into the run's report.html; nothing below the gate is served",
         )
     name = published.facts.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise DataError(
             "the student's name cannot be used in URLs",
             where=where,
-            allowed=_NAME.pattern,
+            allowed=NAME.pattern,
             got=repr(name),
             hint="export again",
         )
@@ -111,30 +111,6 @@ def load(uri: str) -> LoadedStudent:
         preprocessing=_preprocessing(contents[PREPROCESSING], f"{storage}/{PREPROCESSING}"),
     )
     return LoadedStudent(student, contents[MODEL])
-
-
-def load_all(uris: Sequence[str]) -> list[LoadedStudent]:
-    """Open the students of one server.
-
-    Raises:
-        ConfigError: None given, or two of the same name.
-        DataError, GateError: See `load`.
-    """
-    if not uris:
-        raise ConfigError("there is nothing to serve", allowed="one exported folder or more")
-    students: dict[str, LoadedStudent] = {}
-    for uri in uris:
-        loaded = load(uri)
-        other = students.setdefault(loaded.student.name, loaded)
-        if other is not loaded:
-            raise ConfigError(
-                f"two students are called {loaded.student.name!r}",
-                where=loaded.student.uri,
-                allowed="one student per name",
-                got=f"{other.student.uri} has this name too",
-                hint="give the jobs different names, or serve the students from two servers",
-            )
-    return list(students.values())
 
 
 def _checked_files(storage: Storage, published: manifest.Manifest) -> dict[str, bytes]:

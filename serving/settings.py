@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pu_ray.errors import ConfigError
 
 
 class ServingSettings(BaseModel):
-    """Sizes and limits of a server; every student of one server shares them."""
+    """Sizes, limits and tokens of a server; every student of one server shares them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    replicas: int = Field(default=1, ge=1, description="Processes per student.")
+    replicas: int = Field(default=1, ge=1, description="Processes per student, and the fewest where they scale.")
+    max_replicas: int = Field(
+        default=1, ge=1, description="Most processes per student; more than `replicas`: they scale."
+    )
     cpus_per_replica: int = Field(default=1, ge=1, description="Cores, and so decoding and network threads, of each.")
     max_batch_images: int = Field(default=32, ge=1, description="Images in one forward pass, of any requests.")
     batch_wait_s: float = Field(default=0.005, ge=0, le=10, description="How long the first image waits for company.")
@@ -24,3 +31,36 @@ class ServingSettings(BaseModel):
         default=60.0, gt=0, description="For reading a request's body (408), and again for its answer (504)."
     )
     ready_timeout_s: float = Field(default=120.0, gt=0, description="Until every student must be warm.")
+    reload_s: float = Field(default=5.0, gt=0, description="Between two looks at a registry.")
+    authentication: Literal["required", "off"] = Field(
+        default="required", description="Whether every request but health probes must bring a token."
+    )
+    token_digests: tuple[str, ...] = Field(
+        default=(), description="Digests `sha256:HEX` of tokens that are known; `pu-ray token` makes them."
+    )
+    tokens_uri: str | None = Field(
+        default=None, description="File of such digests, read again while serving; readable from every node."
+    )
+    grpc_port: int | None = Field(
+        default=None, ge=1, le=65535, description="Port for gRPC, which Ray Serve opens on every interface."
+    )
+
+    @model_validator(mode="after")
+    def _somebody_may_ask(self) -> Self:
+        if self.authentication == "required" and not self.token_digests and self.tokens_uri is None:
+            raise ValueError("authentication needs token_digests or tokens_uri; or set authentication to off")
+        return self
+
+
+def settings_from(changes: dict[str, Any]) -> ServingSettings:
+    """The settings with these changes.
+
+    Raises:
+        ConfigError: One of them is impossible.
+    """
+    try:
+        return ServingSettings(**changes)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ConfigError(str(problem["msg"]).removeprefix("Value error, "), where=where or "settings") from error

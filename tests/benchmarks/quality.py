@@ -127,6 +127,7 @@ ROWS: Mapping[str, Row] = {
     "no-balance": Row("budget without class quotas", "default", {"balance": "none"}),
     "no-rkd": Row("plain KD, no class weights", "default", {}, {"losses": {"robust": "none", "class_weights": False}}),
     "in-loop": Row("teacher in the loop", "default", {}, own_size=True, in_loop=True),
+    "quarter-labeled": Row("a quarter of each batch labeled", "default", {}, {"labeled_share": 0.25}, own_size=True),
     "half-labeled": Row("half of each batch labeled", "default", {}, {"labeled_share": 0.5}, own_size=True),
 }
 TABLE = tuple(ROWS)[:11]

@@ -25,7 +25,9 @@ from tests.unit.serving.students import LABELS, picture, png, write_student
 
 pytestmark = pytest.mark.timeout(300)
 
-SETTINGS = ServingSettings(max_batch_images=8, max_images=20, max_body_bytes=200_000, batch_wait_s=0.01)
+SETTINGS = ServingSettings(
+    max_batch_images=8, max_images=20, max_body_bytes=200_000, batch_wait_s=0.01, authentication="off", reload_s=0.5
+)
 PNG = {"Content-Type": "image/png"}
 
 
@@ -51,7 +53,7 @@ def server(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
         write_student(tmp_path_factory.mktemp(name), name, seed) for seed, name in enumerate(["pets", "shoes"])
     )
     url = app.deploy(exported, SETTINGS, port=free_port())
-    opened = registry.load_all(exported)
+    opened = [registry.load(uri) for uri in exported]
     yield Server(
         url,
         exported,
@@ -80,7 +82,7 @@ def tensor(name: str, datatype: str, shape: list[int], **rest: Any) -> dict[str,
 def test_health_and_metadata(web: httpx.Client, server: Server) -> None:
     assert web.get("/v2/health/live").json() == {"live": True}
     assert web.get("/v2/health/ready").json() == {"ready": True}
-    assert web.get("/v2").json()["extensions"] == ["binary_tensor_data"]
+    assert web.get("/v2").json()["extensions"][0] == "binary_tensor_data"
     names = [entry["name"] for entry in web.get("/v2/models").json()["models"]]
     assert names == ["pets", "shoes"]
     document = web.get(f"/v2/models/shoes/versions/{server.versions['shoes']}").json()
@@ -184,13 +186,14 @@ def test_a_body_without_length_is_counted(web: httpx.Client) -> None:
 
 
 def test_our_own_client(server: Server) -> None:
-    answer = client.classify(server.url, "shoes", png(5), top_k=2)
-    expected = server.predictors["shoes"].predict([png(5)]).top(0, 2)
-    assert (answer.model, answer.version) == ("shoes", server.versions["shoes"])
-    assert [prediction.index for prediction in answer.predictions] == [index for index, _ in expected]
-    assert [model.name for model in client.models(server.url)] == ["pets", "shoes"]
-    with pytest.raises(DataError, match="choose one with \\?model=: pets, shoes"):
-        client.classify(server.url, None, png(5))
+    with client.Client(server.url) as own:
+        answer = own.classify(png(5), model="shoes", top_k=2)
+        expected = server.predictors["shoes"].predict([png(5)]).top(0, 2)
+        assert (answer.model, answer.version) == ("shoes", server.versions["shoes"])
+        assert [prediction.index for prediction in answer.predictions] == [index for index, _ in expected]
+        assert [model.name for model in own.models()] == ["pets", "shoes"]
+        with pytest.raises(DataError, match="choose one with \\?model=: pets, shoes"):
+            own.classify(png(5))
 
 
 def test_a_second_server_is_refused(server: Server) -> None:

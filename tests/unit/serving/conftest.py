@@ -8,6 +8,7 @@ from pu_ray.images import Limits
 from serving import registry
 from serving.predictor import Predictor
 from serving.registry import LoadedStudent, Student
+from tests.unit.serving.desks import InProcess
 from tests.unit.serving.students import write_student
 
 
@@ -21,6 +22,12 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedStudent:
 def student(loaded: LoadedStudent) -> Student:
     """The student `pets`, without its network."""
     return loaded.student
+
+
+@pytest.fixture
+def backend(predictor: Predictor) -> InProcess:
+    """Answers in this process."""
+    return InProcess(predictor)
 
 
 @pytest.fixture(scope="session")

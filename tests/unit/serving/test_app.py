@@ -22,36 +22,39 @@ from ray.serve.schema import (
 )
 
 from pu_ray.errors import ClusterError, ConfigError, DataError
-from serving import app
+from serving import app, auth, replica
 from serving.predictor import Floats, Predictions, Predictor
 from serving.registry import Student
 from serving.settings import ServingSettings
 from tests.unit.serving.students import onnx_network, png, write_student
 
-SETTINGS = ServingSettings(max_batch_images=8, batch_wait_s=0.2)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
-def test_an_open_host_is_refused(host: str) -> None:
-    with pytest.raises(ConfigError, match="open to other machines") as refusal:
-        app.deploy(["unread"], SETTINGS, host=host)
-    assert "--no-auth" in str(refusal.value.hint)
+SETTINGS = ServingSettings(max_batch_images=8, batch_wait_s=0.2, authentication="off")
 
 
 @pytest.mark.parametrize("variable", ["RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS"])
 def test_serve_settings_that_open_every_interface_are_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(ConfigError, match="opens the server to other machines") as refusal:
+    with pytest.raises(ConfigError, match="nobody is asked for a token") as refusal:
         app.deploy(["unread"], SETTINGS)
     assert refusal.value.where == variable
 
 
+def test_grpc_that_opens_every_interface_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nobody is asked for a token") as refusal:
+        app.deploy(["unread"], SETTINGS.model_copy(update={"grpc_port": 9000}))
+    assert refusal.value.where == "grpc_port"
+
+
+GUARDED = ServingSettings(token_digests=(auth.digest("secret"),), grpc_port=9000)
+
+
 @pytest.mark.parametrize(
-    ("host", "allow_remote"), [("127.0.0.1", False), ("127.0.0.9", False), ("::1", False), ("0.0.0.0", True)]
+    ("host", "settings"),
+    [("127.0.0.1", SETTINGS), ("127.0.0.9", SETTINGS), ("::1", SETTINGS), ("0.0.0.0", SETTINGS), ("0.0.0.0", GUARDED)],
 )
-def test_a_permitted_host_gets_as_far_as_its_students(tmp_path: Path, host: str, allow_remote: bool) -> None:
+def test_a_permitted_host_gets_as_far_as_its_students(tmp_path: Path, host: str, settings: ServingSettings) -> None:
     with pytest.raises(DataError, match="does not exist yet"):
-        app.deploy([str(tmp_path)], SETTINGS, host=host, allow_remote=allow_remote)
+        app.deploy([str(tmp_path)], settings, host=host)
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
@@ -71,13 +74,13 @@ def test_a_taken_port_is_refused() -> None:
 def test_a_network_that_does_not_fit_stops_before_serve_starts(tmp_path: Path) -> None:
     uri = write_student(tmp_path, files={"model.onnx": onnx_network(classes=9)})
     with pytest.raises(DataError, match="does not fit its labels"):
-        app.build([uri], SETTINGS)
+        app.deploy([uri], SETTINGS)
 
 
 def test_a_student_that_changed_since_is_refused(student: Student) -> None:
     planned = dataclasses.replace(student, version="another")
     with pytest.raises(DataError, match="changed since the server was started") as refusal:
-        app.StudentReplica(planned, SETTINGS)
+        replica.StudentReplica(planned, SETTINGS)
     assert refusal.value.allowed == "version another"
 
 
@@ -85,21 +88,21 @@ def test_requests_share_batches_and_get_their_own_rows(
     student: Student, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[list[int]] = []
-    together = app._forward_together
+    together = replica._forward_together
 
     def counting(network: Predictor, pieces: Sequence[Floats]) -> list[Floats]:
         batches.append([len(piece) for piece in pieces])
         return together(network, pieces)
 
-    monkeypatch.setattr(app, "_forward_together", counting)
+    monkeypatch.setattr(replica, "_forward_together", counting)
     # Serve's batching asks its replica for one number, even in Serve's own mode for local tests.
-    deployment = SimpleNamespace(max_ongoing_requests=app._ongoing(SETTINGS))
+    deployment = SimpleNamespace(max_ongoing_requests=replica.ongoing(SETTINGS))
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(_deployment_config=deployment))
     requests = [[png(0)], [png(1), b"bad", png(2)], [png(seed) for seed in range(3, 14)], [b"bad"], [png(20)]]
 
     async def asking() -> list[Predictions]:
-        replica = app.StudentReplica(student, SETTINGS)
-        return await asyncio.gather(*map(replica.predict, requests))
+        one = replica.StudentReplica(student, SETTINGS)
+        return await asyncio.gather(*map(one.predict, requests))
 
     for images, answer in zip(requests, asyncio.run(asking()), strict=True):
         expected = predictor.predict(images)

@@ -18,8 +18,9 @@ from pu_ray.config import PreprocessingConfig
 from pu_ray.images import ImageError
 from serving import protocol
 from serving.predictor import Predictions
-from serving.protocol import InferRequest, ProtocolError
+from serving.protocol import InferRequest
 from serving.registry import Student
+from serving.tensors import Output, ProtocolError, inputs_of
 
 STUDENT = Student("/exported", "pets", "v1", ("cat", "dog", "Ünicorn"), PreprocessingConfig(size_px=2))
 SHAPE = [2, 2, 2, 3]
@@ -63,7 +64,7 @@ def test_metadata_lists_every_tensor() -> None:
         {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
         {"name": "label", "datatype": "BYTES", "shape": [-1]},
     ]
-    assert protocol.server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert protocol.server_metadata()["extensions"] == list(protocol.EXTENSIONS)
 
 
 @pytest.mark.parametrize("data", [PICTURES.ravel().tolist(), PICTURES.tolist()], ids=["flat", "nested"])
@@ -125,7 +126,9 @@ def test_a_json_request_may_state_its_own_length() -> None:
     ],
 )  # fmt: skip
 def test_wanted_outputs(changes: dict[str, Any], wanted: dict[str, bool]) -> None:
-    assert parse(a_request() | changes).outputs == wanted
+    outputs = parse(a_request() | changes).outputs
+    assert {name: output.binary for name, output in outputs.items()} == wanted
+    assert not any(output.classes for output in outputs.values())
 
 
 # -- what is refused ------------------------------------------------------------------------------------------
@@ -185,14 +188,16 @@ IMAGE = {"name": "image", "datatype": "BYTES", "shape": [2]}
         (a_request(**BINARY), 400, "but there is no header Inference-Header-Content-Length"),
         (a_request(parameters={"binary_data_size": 24}), 400, "both 'data' and 'binary_data_size'"),
         (a_request(parameters=[]), 400, "'parameters' of input 'image_uint8' must be a JSON object, got an array"),
-        (a_request(parameters={"shared_memory_region": "x"}), 422, "'shared_memory_region' of input"),
+        (a_request(parameters={"shared_memory_region": "x"}), 422, "shared memory is not supported"),
         (a_request() | {"parameters": 1}, 400, "'parameters' must be a JSON object, got a number"),
         (a_request() | {"parameters": {"binary_data_output": 1}}, 400, "must be true or false, got a number"),
         (a_request() | {"outputs": [{}]}, 422, "no output null; this student has: logits, probabilities, label"),
         (a_request() | {"outputs": [{"name": "loss"}]}, 422, 'no output "loss"'),
         (a_request() | {"outputs": [{"name": {}}]}, 422, "no output an object"),
         (a_request() | {"outputs": [{"name": "label"}] * 2}, 400, "output 'label' is asked for twice"),
-        (a_request() | {"outputs": [{"name": "label", "parameters": {"classification": 3}}]}, 422, "/v1/classify"),
+        (a_request() | {"outputs": [{"name": "label", "parameters": {"classification": 3}}]}, 422, "'label' cannot be"),
+        (a_request() | {"outputs": [{"name": "logits", "parameters": {"classification": -1}}]}, 422, "-1 classifi"),
+        (a_request() | {"outputs": [{"name": "logits", "parameters": {"classification": "3"}}]}, 400, "got a string"),
     ],
 )  # fmt: skip
 def test_refusals(document: object, status: int, message: str) -> None:
@@ -291,7 +296,7 @@ def test_strange_json_is_only_ever_refused(document: object, binary: bytes | Non
 def test_nearly_proper_requests_are_only_ever_refused(
     name: str, changes: dict[str, Any], top: dict[str, Any], binary: bytes | None
 ) -> None:
-    tensor = next(tensor for tensor in protocol.inputs_of(STUDENT) if tensor.name == name)
+    tensor = next(tensor for tensor in inputs_of(STUDENT) if tensor.name == name)
     entry = tensor.as_dict() | {"shape": [1, *tensor.shape[1:]]}
     entry |= {"data": [0] * 12} if binary is None else {"parameters": {"binary_data_size": len(binary)}}
     header = json.dumps({"inputs": [entry | changes], **top}).encode()
@@ -317,7 +322,8 @@ LOGITS = np.array([[0.1, 2.0, -1.0], [0.0, 0.5, 3.25]], np.float32)
 
 
 def answer(outputs: dict[str, bool], request_id: str | None = None, logits: Any = LOGITS) -> protocol.Reply:
-    return protocol.format_infer(InferRequest(request_id, [b"", b""], outputs), Predictions(logits, {}), STUDENT)
+    wanted = {name: Output(binary) for name, binary in outputs.items()}
+    return protocol.format_infer(InferRequest(request_id, [b"", b""], wanted), Predictions(logits, {}), STUDENT)
 
 
 def test_an_answer_as_json() -> None:
@@ -358,7 +364,7 @@ def test_an_answer_as_binary() -> None:
 def test_a_bad_image_is_named_by_its_index() -> None:
     predictions = Predictions(LOGITS, {1: ImageError("truncated", "40 bytes")})
     with pytest.raises(ProtocolError, match="image 1 of input 'image' cannot be used: truncated: 40 bytes") as refusal:
-        protocol.format_infer(InferRequest(None, [b"", b""], {"label": False}), predictions, STUDENT)
+        protocol.format_infer(InferRequest(None, [b"", b""], {"label": Output()}), predictions, STUDENT)
     assert refusal.value.status == 422
 
 
@@ -368,3 +374,31 @@ def test_numbers_that_json_cannot_carry_need_binary() -> None:
         answer({"logits": False}, logits=logits)
     assert refusal.value.status == 422
     assert answer({"logits": True}, logits=logits).body.endswith(logits.tobytes())
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_classifications_come_as_triton_writes_them(binary: bool) -> None:
+    request = a_request() | {
+        "outputs": [{"name": "logits", "parameters": {"classification": 2, "binary_data": binary}}]
+    }
+    reply = protocol.format_infer(parse(request), Predictions(LOGITS, {}), STUDENT)
+    length = int(reply.headers.get("Inference-Header-Content-Length", len(reply.body)))
+    (output,) = json.loads(reply.body[:length])["outputs"]
+    expected = ["2.000000:1:dog", "0.100000:0:cat", "3.250000:2:Ünicorn", "0.500000:1:dog"]
+    assert {key: output[key] for key in ("name", "datatype", "shape")} == {
+        "name": "logits",
+        "datatype": "BYTES",
+        "shape": [2, 2],
+    }
+    if binary:
+        assert reply.body[length:] == elements(*(text.encode() for text in expected))
+    else:
+        assert output["data"] == expected
+
+
+def test_no_more_classifications_than_classes() -> None:
+    request = a_request() | {"outputs": [{"name": "probabilities", "parameters": {"classification": 1000}}]}
+    (output,) = json.loads(protocol.format_infer(parse(request), Predictions(LOGITS, {}), STUDENT).body)["outputs"]
+    assert output["shape"] == [2, 3]
+    scores = [float(text.split(":")[0]) for text in output["data"]]
+    np.testing.assert_allclose(np.array(scores).reshape(2, 3).sum(axis=1), 1, atol=2e-6)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pu_ray.errors import ConfigError, DataError, GateError
+from pu_ray.errors import DataError, GateError
 from serving import registry
 from tests.unit.serving.students import LABELS, PREPROCESSING, onnx_network, write_student
 
@@ -101,21 +101,3 @@ def test_wrong_labels_are_refused(tmp_path: Path, labels: bytes) -> None:
 def test_wrong_preprocessing_is_refused(tmp_path: Path, preprocessing: bytes) -> None:
     with pytest.raises(DataError, match="not a preprocessing description"):
         registry.load(write_student(tmp_path, files={"preprocess.json": preprocessing}))
-
-
-def test_several_students(tmp_path: Path) -> None:
-    uris = [write_student(tmp_path / name, name) for name in ("pets", "shoes")]
-    assert [loaded.student.name for loaded in registry.load_all(uris)] == ["pets", "shoes"]
-
-
-def test_two_students_of_one_name_are_refused(tmp_path: Path) -> None:
-    uris = [write_student(tmp_path / str(seed), "pets", seed) for seed in range(2)]
-    with pytest.raises(ConfigError, match="two students are called 'pets'") as refusal:
-        registry.load_all(uris)
-    assert uris[0] in str(refusal.value)
-    assert uris[1] in str(refusal.value)
-
-
-def test_no_student_is_refused() -> None:
-    with pytest.raises(ConfigError, match="nothing to serve"):
-        registry.load_all([])

@@ -1,0 +1,53 @@
+"""The same server as a Serve config file, for `serve deploy` and for KubeRay's RayService."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from serving.app import FRONT, STUBS
+from serving.front import application_of
+from serving.plan import plan
+from serving.settings import ServingSettings
+
+
+def text(uris: Sequence[str], settings: ServingSettings, *, host: str, port: int) -> str:
+    """The file's content. Digests of tokens are in it, tokens are not.
+
+    Args:
+        uris: See `serving.plan.plan`.
+        settings: Sizes, limits and tokens.
+        host: Address to listen on.
+        port: TCP port.
+
+    Raises:
+        PuRayError: See `plan`.
+    """
+    served = plan(uris)
+    common = settings.model_dump(mode="json", exclude_defaults=True)
+    named = [served.registry_uri] if served.registry_uri else [student.uri for student in served.students]
+    students: list[dict[str, Any]] = [
+        {
+            "name": application_of(student),
+            "route_prefix": None,
+            "import_path": "serving.app:student_from_args",
+            "args": {"student": student.uri, "settings": common},
+        }
+        for student in served.students
+    ]
+    front = {
+        "name": FRONT,
+        "route_prefix": "/",
+        "import_path": "serving.app:front_from_args",
+        "args": {"students": named, "settings": common},
+    }
+    document: dict[str, Any] = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": host, "port": port},
+        "applications": [*students, front],
+    }
+    if settings.grpc_port is not None:
+        document["grpc_options"] = {"port": settings.grpc_port, "grpc_servicer_functions": [STUBS]}
+    return yaml.safe_dump(document, sort_keys=False)

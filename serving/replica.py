@@ -1,0 +1,134 @@
+"""One process that answers for one version of one student, with dynamic batching. Ray Serve's deployments.
+
+Every replica opens its student from the exported folder itself: weights travel through storage, not through Serve's
+controller. The folder must therefore be readable from every node of the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from ray import serve
+
+from pu_ray.errors import DataError
+from pu_ray.images import Limits
+from serving import registry
+from serving.predictor import Floats, Images, Predictions, Predictor, join
+from serving.registry import LoadedStudent, Student
+from serving.settings import ServingSettings
+
+# More attempts only delay the message: what stops a student from loading is in its files.
+_CONSTRUCTOR_ATTEMPTS = 2
+
+
+def _images_in(pieces: list[Floats]) -> int:
+    return sum(map(len, pieces))
+
+
+class StudentReplica:
+    """One process that answers for one student.
+
+    Each request is decoded on its own, in threads; what came out of it joins other requests for the forward pass. So a
+    bad image never reaches its neighbours, and memory holds at most one batch of pixels per request.
+
+    Args:
+        student: Whom to open; the folder must still hold exactly this one.
+        settings: Batch sizes, threads and limits.
+
+    Raises:
+        DataError, GateError: The exported folder cannot be served, or changed since the server was started.
+    """
+
+    def __init__(self, student: Student, settings: ServingSettings) -> None:
+        loaded = registry.load(student.uri)
+        if loaded.student != student:
+            raise DataError(
+                "the exported student changed since the server was started",
+                where=student.uri,
+                allowed=f"version {student.version}",
+                got=f"version {loaded.student.version}",
+                hint="start the server again",
+            )
+        self._predictor = predictor_of(loaded, settings)
+        self._predictor.warm_up()
+        self._batch_images = settings.max_batch_images
+        self._decoding = ThreadPoolExecutor(settings.cpus_per_replica, "decode")
+        self._running = ThreadPoolExecutor(1, "forward")
+        self._forward.set_max_batch_size(settings.max_batch_images)  # type: ignore[attr-defined]
+        self._forward.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
+
+    async def predict(self, images: Images) -> Predictions:
+        """Answer the N images of one request, at least one."""
+        loop = asyncio.get_running_loop()
+        parts = []
+        for start in range(0, len(images), self._batch_images):
+            piece = images[start : start + self._batch_images]
+            prepared = await loop.run_in_executor(self._decoding, self._predictor.prepare, piece)
+            parts.append(prepared.answer(await self._forward(prepared.pixels_MCHW)))
+        return join(parts)
+
+    async def ready(self) -> bool:
+        """True: a replica that exists has warmed up."""
+        return True
+
+    @serve.batch(batch_size_fn=_images_in)
+    async def _forward(self, pieces: list[Floats]) -> list[Floats]:
+        """Logits [M, K] of each piece [M, C, H, W], from one forward pass over all of them."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._running, _forward_together, self._predictor, pieces)
+
+
+def _forward_together(predictor: Predictor, pieces: Sequence[Floats]) -> list[Floats]:
+    logits_MK = predictor.forward(np.concatenate(pieces))
+    return np.split(logits_MK, np.cumsum([len(piece) for piece in pieces])[:-1])
+
+
+def predictor_of(loaded: LoadedStudent, settings: ServingSettings) -> Predictor:
+    """The student with this server's limits and threads.
+
+    Raises:
+        DataError: The network cannot be loaded.
+    """
+    limits = Limits(max_bytes=settings.max_body_bytes, max_px=settings.max_image_px)
+    return Predictor(loaded, limits, settings.cpus_per_replica)
+
+
+def ongoing(settings: ServingSettings) -> int:
+    """Requests that a replica takes at once."""
+    # One batch in the network and one gathering; with Serve's default of 5 no batch would ever fill.
+    return 2 * settings.max_batch_images
+
+
+DEPLOYMENT = "replica"
+
+
+def application(student: Student, settings: ServingSettings) -> serve.Application:
+    """A Serve application of its own for this version, so that versions come and go without disturbing each other."""
+    environment = {
+        # Idle OpenMP threads that spin starve whoever shares their cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(settings.cpus_per_replica),
+    }
+    scaling: dict[str, Any] = {"num_replicas": settings.replicas}
+    if settings.max_replicas > settings.replicas:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": settings.replicas,
+                "max_replicas": settings.max_replicas,
+                # Half of what a replica takes: the other half is what arrives while another one starts.
+                "target_ongoing_requests": max(1, ongoing(settings) // 2),
+            }
+        }
+    as_replicas = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=ongoing(settings),
+        max_queued_requests=settings.max_queued_requests,
+        max_constructor_retry_count=_CONSTRUCTOR_ATTEMPTS,
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "runtime_env": {"env_vars": environment}},
+        **scaling,
+    )
+    return as_replicas(StudentReplica).bind(student, settings)
