@@ -6,12 +6,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
+CLIENTS_STAMP := .venv-kserve/.installed
 NAME ?= quickstart
 # Workers import torch in every process: without bytecode that costs 10 s each instead of 3.5.
 unexport PYTHONDONTWRITEBYTECODE
 export SCALE
 
-.PHONY: help install quickstart test test-all fmt lint types imports check bench fashion-mnist stubs clean
+.PHONY: help install quickstart test test-all fmt lint types imports check bench fashion-mnist clients stubs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,10 +31,10 @@ quickstart: $(STAMP) ## Run the whole chain on real images on this machine (2 to
 	@$(BIN)/pu-ray demo demo
 	@$(BIN)/pu-ray run cluster/jobs/smoke.yaml
 
-test: $(STAMP) ## Run the tests
+test: $(STAMP) $(CLIENTS_STAMP) ## Run the tests
 	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(STAMP) ## Run the tests, the slow ones too
+test-all: $(STAMP) $(CLIENTS_STAMP) ## Run the tests, the slow ones too
 	@$(BIN)/python -m pytest
 
 fmt: $(STAMP) ## Format the code
@@ -61,6 +62,17 @@ $(BENCH_STAMP): $(STAMP)
 		> .venv-bench/requirements.txt
 	@$(BENCH_BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv-bench/requirements.txt
 	@touch $@
+
+# Clients of the open protocol that are not ours; each has dependencies that clash with the other's, and with ours.
+$(CLIENTS_STAMP): tests/integration/clients/requirements-triton.txt tests/integration/clients/requirements-kserve.txt
+	@for client in triton kserve; do \
+		test -x .venv-$$client/bin/python || $(PYTHON) -m venv .venv-$$client || exit 1; \
+		.venv-$$client/bin/python -m pip install --quiet --disable-pip-version-check \
+			-r tests/integration/clients/requirements-$$client.txt || exit 1; \
+	done
+	@touch $@
+
+clients: $(CLIENTS_STAMP) ## Install tritonclient and KServe's client for the conformity tests
 
 bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small) or distill anew, ARGS="--help"; print its table
 	@$(if $(filter mining,$(NAME)),$(BENCH_BIN),$(BIN))/python -m tests.benchmarks.$(NAME) $(ARGS)
