@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import nn
 
 from pu_ray import card, cost, engine, gate, images, lake, ledger, manifest, models, quantise, schema
@@ -267,6 +268,12 @@ def _real_images(config: JobConfig, mined: Storage, most: int = _PARITY_IMAGES) 
     return images.normalise(np.stack(pixels), preprocessing)
 
 
+def confidence_deciles(logits_NK: Any) -> list[float]:
+    """The nine inner deciles of the largest probability."""
+    largest_N = softmax(np.asarray(logits_NK, np.float64), axis=1).max(axis=1)
+    return [float(value) for value in np.quantile(largest_N, np.linspace(0.1, 0.9, 9))]
+
+
 # -- what goes beside the weights --------------------------------------------------------------------------
 
 
@@ -357,6 +364,8 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             "parity": checks,
             "formats": formats,
             "gate_passed": True,
+            # What serving compares its own traffic with.
+            "confidence_deciles": confidence_deciles(reference),
             "student_accuracy": evaluation.facts["student_accuracy"],
         },
     )

@@ -46,6 +46,10 @@ class Backend(Protocol):
 class Meter(Protocol):
     """Where counts and times go."""
 
+    def responded(self, route: str, status: int) -> None:
+        """A request has ended, whatever came of it."""
+        ...
+
     def answered(self, student: Student, predictions: Predictions, seconds: float) -> None:
         """A request was answered."""
         ...
@@ -57,6 +61,9 @@ class Meter(Protocol):
 
 class NoMeter:
     """Counts nothing."""
+
+    def responded(self, route: str, status: int) -> None:
+        """Nothing."""
 
     def answered(self, student: Student, predictions: Predictions, seconds: float) -> None:
         """Nothing."""
@@ -102,7 +109,7 @@ class Desk:
         self.offers = dict(offers)
         self.settings = settings
         self._max_requests = max_requests
-        self._meter = meter or NoMeter()
+        self.meter = meter or NoMeter()
         self._inside = 0
         self._shadows: set[asyncio.Task[None]] = set()
 
@@ -196,7 +203,7 @@ class Desk:
                 predictions = await served.backend.predict(images)
         except TimeoutError as error:
             raise ProtocolError(504, f"no answer within {self.settings.request_timeout_s:g} s") from error
-        self._meter.answered(served.student, predictions, time.monotonic() - started)
+        self.meter.answered(served.student, predictions, time.monotonic() - started)
         self._shadow(served, images, predictions)
         return predictions
 
@@ -223,7 +230,7 @@ class Desk:
             for position in range(len(images))
             if position not in stable.failures
         ]
-        self._meter.shadowed(shadow.student, sum(one == other for one, other in told), len(told))
+        self.meter.shadowed(shadow.student, sum(one == other for one, other in told), len(told))
 
 
 def _label(student: Student, predictions: Predictions, position: int) -> str:

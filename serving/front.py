@@ -26,6 +26,7 @@ from pu_ray.storage import Storage
 from serving import gateway, replica, rpc
 from serving.auth import Guard
 from serving.desk import Desk, Offer, Served, Unavailable
+from serving.metrics import FrontMeter
 from serving.plan import Plan
 from serving.predictor import Images, Predictions
 from serving.registry import Student
@@ -91,7 +92,7 @@ class Front:
         read = None if settings.tokens_uri is None else _reader(settings.tokens_uri)
         where = settings.tokens_uri or "tokens"
         guard = None if settings.authentication == "off" else Guard(settings.token_digests, read, where)
-        self._desk = Desk(_offers(plan), settings, _most_requests(plan, settings))
+        self._desk = Desk(_offers(plan), settings, _most_requests(plan, settings), FrontMeter())
         self._rpc = rpc.Servicer(self._desk, guard)
         self._guard = guard
         self._following = asyncio.get_running_loop().create_task(self._follow()) if plan.registry_uri else None

@@ -34,6 +34,7 @@ class Student:
         version: The export's identity: the digest of everything that made it.
         labels: Class names in the order of the logits; K of them.
         preprocessing: How images become the network's input.
+        confidence_deciles: The nine inner deciles of its largest probability on mined images; empty: not known.
     """
 
     uri: str
@@ -41,6 +42,7 @@ class Student:
     version: str
     labels: tuple[str, ...]
     preprocessing: PreprocessingConfig
+    confidence_deciles: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def load(uri: str) -> LoadedStudent:
         version=published.identity,
         labels=_labels(contents[LABELS], f"{storage}/{LABELS}"),
         preprocessing=_preprocessing(contents[PREPROCESSING], f"{storage}/{PREPROCESSING}"),
+        confidence_deciles=tuple(published.facts.get("confidence_deciles", ())),
     )
     return LoadedStudent(student, contents[MODEL])
 

@@ -7,6 +7,7 @@ controller. The folder must therefore be readable from every node of the cluster
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from ray import serve
 from pu_ray.errors import DataError
 from pu_ray.images import Limits
 from serving import registry
+from serving.metrics import ReplicaMeter
 from serving.predictor import Floats, Images, Predictions, Predictor, join
 from serving.registry import LoadedStudent, Student
 from serving.settings import ServingSettings
@@ -25,8 +27,12 @@ from serving.settings import ServingSettings
 _CONSTRUCTOR_ATTEMPTS = 2
 
 
-def _images_in(pieces: list[Floats]) -> int:
-    return sum(map(len, pieces))
+# Normalised images [M, C, H, W] of one request, and when they were ready (monotonic seconds).
+Piece = tuple[Floats, float]
+
+
+def _images_in(pieces: list[Piece]) -> int:
+    return sum(len(pixels) for pixels, _ in pieces)
 
 
 class StudentReplica:
@@ -58,6 +64,7 @@ class StudentReplica:
         self._batch_images = settings.max_batch_images
         self._decoding = ThreadPoolExecutor(settings.cpus_per_replica, "decode")
         self._running = ThreadPoolExecutor(1, "forward")
+        self._meter = ReplicaMeter(student)
         self._forward.set_max_batch_size(settings.max_batch_images)  # type: ignore[attr-defined]
         self._forward.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
 
@@ -67,8 +74,10 @@ class StudentReplica:
         parts = []
         for start in range(0, len(images), self._batch_images):
             piece = images[start : start + self._batch_images]
+            started = time.monotonic()
             prepared = await loop.run_in_executor(self._decoding, self._predictor.prepare, piece)
-            parts.append(prepared.answer(await self._forward(prepared.pixels_MCHW)))
+            self._meter.decoded(time.monotonic() - started)
+            parts.append(prepared.answer(await self._forward((prepared.pixels_MCHW, time.monotonic()))))
         return join(parts)
 
     async def ready(self) -> bool:
@@ -76,10 +85,17 @@ class StudentReplica:
         return True
 
     @serve.batch(batch_size_fn=_images_in)
-    async def _forward(self, pieces: list[Floats]) -> list[Floats]:
+    async def _forward(self, pieces: list[Piece]) -> list[Floats]:
         """Logits [M, K] of each piece [M, C, H, W], from one forward pass over all of them."""
+        started = time.monotonic()
+        for _, since in pieces:
+            self._meter.queued(started - since)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._running, _forward_together, self._predictor, pieces)
+        pixels = [piece for piece, _ in pieces]
+        logits = await loop.run_in_executor(self._running, _forward_together, self._predictor, pixels)
+        self._meter.ran(time.monotonic() - started)
+        self._meter.batched(_images_in(pieces))
+        return logits
 
 
 def _forward_together(predictor: Predictor, pieces: Sequence[Floats]) -> list[Floats]:

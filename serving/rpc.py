@@ -124,6 +124,7 @@ class Servicer:
             if status is not grpc.StatusCode.OK:
                 context.set_code(status)
                 context.set_details(details)
+            self._desk.meter.responded(method, status.value[0])
             _log.info(
                 "call method=%s model=%s version=%s images=%d failed=%d status=%s seconds=%.4f",
                 method,

@@ -28,6 +28,9 @@ class Counting:
         self.answers: list[tuple[str, int]] = []
         self.shadows: list[tuple[str, int, int]] = []
 
+    def responded(self, route: str, status: int) -> None:
+        pass
+
     def answered(self, student: Student, predictions: Predictions, seconds: float) -> None:
         assert seconds >= 0
         self.answers.append((student.version, len(predictions.logits_NK)))
