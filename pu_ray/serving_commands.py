@@ -50,6 +50,9 @@ def serve(
         typer.Option(help="File or URI of token digests (`pu-ray token`); default: this user's own token."),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask nobody for a token.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="auto (the fastest, as the export measured), onnx or onnx-int8.")
+    ] = "auto",
     replicas: Annotated[int, typer.Option(help="Processes per student.")] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(help="Let each student scale up to so many processes, by requests under way.")
@@ -68,7 +71,8 @@ def serve(
     from serving import auth, deployment_file
     from serving.settings import settings_from
 
-    changes: dict[str, Any] = {"grpc_port": grpc_port, "replicas": replicas, "max_replicas": max_replicas or replicas}
+    changes: dict[str, Any] = {"engine": engine, "grpc_port": grpc_port, "replicas": replicas}
+    changes["max_replicas"] = max_replicas or replicas
     if no_auth:
         changes["authentication"] = "off"
     elif tokens is not None:

@@ -84,7 +84,7 @@ def front_from_args(arguments: FrontArguments) -> serve.Application:
     Raises:
         PuRayError: See `plan`.
     """
-    return front_application(plan(arguments.students), arguments.settings)
+    return front_application(plan(arguments.students, arguments.settings.engine), arguments.settings)
 
 
 def student_from_args(arguments: StudentArguments) -> serve.Application:
@@ -93,12 +93,15 @@ def student_from_args(arguments: StudentArguments) -> serve.Application:
     Raises:
         PuRayError: It cannot be served.
     """
-    return replica.application(_tried(registry.load(arguments.student).student, arguments.settings), arguments.settings)
+    return replica.application(
+        _tried(registry.load(arguments.student, arguments.settings.engine).student, arguments.settings),
+        arguments.settings,
+    )
 
 
 def _tried(student: Student, settings: ServingSettings) -> Student:
     """The student, once it has answered here, so that a wrong one stops before Serve tries it again and again."""
-    replica.predictor_of(registry.load(student.uri), settings).warm_up()
+    replica.predictor_of(registry.load(student.uri, settings.engine), settings).warm_up()
     return student
 
 
@@ -123,7 +126,7 @@ def deploy(uris: Sequence[str], settings: ServingSettings, *, host: str = "127.0
         ClusterError: Serve runs already, the port is taken, or the students did not get ready.
     """
     _check_address(host, port, settings)
-    served = plan(uris)
+    served = plan(uris, settings.engine)
     for student in served.students:
         _tried(student, settings)
     # Serve would start a Ray of its own, with settings that nobody chose.
@@ -188,7 +191,7 @@ def run_until_interrupted(
     url = deploy(uris, settings, host=host, port=port)
     try:
         on_ready(url)
-        served = plan(uris)
+        served = plan(uris, settings.engine)
         while True:
             time.sleep(settings.reload_s)
             if served.registry_uri is not None:

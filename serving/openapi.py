@@ -23,7 +23,7 @@ _ERRORS = {
     "413": "The body or an image is too large.",
     "415": "Not an image, or a Content-Encoding that is not known.",
     "422": "The request does not fit the student, or an image cannot be used.",
-    "503": "Too many requests are waiting; `Retry-After` says when to come back.",
+    "503": "Too many requests are waiting; Retry-After says when to come back.",
     "504": "The answer took too long.",
 }
 
@@ -121,7 +121,7 @@ def document(students: Sequence[Student], url: str) -> dict[str, Any]:
             "title": "PU-Ray",
             "version": pu_ray.__version__,
             "description": "Image classifiers behind the Open Inference Protocol v2. Bodies may be compressed "
-            '(`Content-Encoding: gzip` or `deflate`). Every error is `{"error": "..."}`.',
+            '(Content-Encoding: gzip or deflate). Every error is {"error": "..."}.',
         },
         "servers": [{"url": url.rstrip("/")}],
         "security": [{"token": []}],

@@ -20,11 +20,13 @@ class Plan:
         students: Every version.
         routes: By name.
         registry_uri: The registry that this came from; None where exported folders were named.
+        engine: See `registry.load`.
     """
 
     students: tuple[Student, ...]
     routes: dict[str, Route]
     registry_uri: str | None = None
+    engine: str = "auto"
 
     def renewed(self) -> Plan:
         """The same registry as it is now; versions that are known already are not opened again.
@@ -38,15 +40,16 @@ class Plan:
         for name, entry in Catalog(self.registry_uri).entries().items():
             routes[name] = entry.routed.route
             for version in sorted(entry.routed.route.versions):
-                students.append(known.get((name, version)) or registry.load(entry.uris[version]).student)
+                students.append(known.get((name, version)) or registry.load(entry.uris[version], self.engine).student)
         return replace(self, students=tuple(students), routes=routes)
 
 
-def plan(uris: Sequence[str]) -> Plan:
+def plan(uris: Sequence[str], engine: str = "auto") -> Plan:
     """Read what there is to serve.
 
     Args:
         uris: Exported folders, of which the first of a name is its stable version; or one registry.
+        engine: See `registry.load`.
 
     Raises:
         ConfigError: Nothing, a registry beside other folders, or the same version twice.
@@ -58,17 +61,17 @@ def plan(uris: Sequence[str]) -> Plan:
     if registries:
         if len(uris) > 1:
             raise ConfigError("a registry is served alone", where=registries[0], got=f"{len(uris)} folders")
-        found = Plan((), {}, Catalog(registries[0]).uri).renewed()
+        found = Plan((), {}, Catalog(registries[0]).uri, engine).renewed()
         if not found.students:
             raise ConfigError("the registry is empty", where=found.registry_uri)
         return found
     students: list[Student] = []
     for uri in uris:
-        student = registry.load(uri).student
+        student = registry.load(uri, engine).student
         if any((student.name, student.version) == (other.name, other.version) for other in students):
             raise ConfigError("the same student twice", where=student.uri, got=f"{student.name} {student.version}")
         students.append(student)
     stable: dict[str, Route] = {}
     for student in students:
         stable.setdefault(student.name, Route(stable=student.version))
-    return Plan(tuple(students), stable)
+    return Plan(tuple(students), stable, engine=engine)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pu_ray.engine import OnnxEngine
 from pu_ray.errors import DataError
 from pu_ray.images import ImageError, Limits, Pixels, decode, normalise
-from serving.registry import MODEL, LoadedStudent
+from serving.registry import ENGINES, LoadedStudent
 
 Floats = npt.NDArray[np.float32]
 
@@ -96,7 +96,7 @@ class Predictor:
 
     def __init__(self, loaded: LoadedStudent, limits: Limits, threads: int = 1) -> None:
         self._student = loaded.student
-        self._where = f"{loaded.student.uri}/{MODEL}"
+        self._where = f"{loaded.student.uri}/{ENGINES[loaded.student.engine]}"
         self._limits = limits
         try:
             self._engine = OnnxEngine(loaded.model, threads)

@@ -16,7 +16,8 @@ from pu_ray.config import PreprocessingConfig
 from pu_ray.errors import DataError, GateError
 from pu_ray.storage import Storage, sha256_of
 
-MODEL = "model.onnx"
+# Files that can be served, by the names of export.formats.
+ENGINES = {"onnx": "model.onnx", "onnx-int8": "model.int8.onnx"}
 LABELS = "labels.txt"
 PREPROCESSING = "preprocess.json"
 
@@ -34,6 +35,7 @@ class Student:
         version: The export's identity: the digest of everything that made it.
         labels: Class names in the order of the logits; K of them.
         preprocessing: How images become the network's input.
+        engine: Which of `ENGINES` answers.
         confidence_deciles: The nine inner deciles of its largest probability on mined images; empty: not known.
     """
 
@@ -42,6 +44,7 @@ class Student:
     version: str
     labels: tuple[str, ...]
     preprocessing: PreprocessingConfig
+    engine: str = "onnx"
     confidence_deciles: tuple[float, ...] = ()
 
 
@@ -58,14 +61,15 @@ class LoadedStudent:
     model: bytes
 
 
-def load(uri: str) -> LoadedStudent:
+def load(uri: str, engine: str = "auto") -> LoadedStudent:
     """Open and check one exported folder.
 
     Args:
         uri: Folder that the export stage published.
+        engine: One of `ENGINES`; auto: the fastest, as the export measured them. All of them passed its parity checks.
 
     Raises:
-        DataError: Not an export, incomplete, or a file differs from what was published.
+        DataError: Not an export, incomplete, a file differs from what was published, or it has no such engine.
         GateError: The student failed its quality gate.
     """
     storage = Storage(uri)
@@ -97,26 +101,38 @@ def load(uri: str) -> LoadedStudent:
             got=repr(name),
             hint="export again",
         )
-    if MODEL not in published.files:
-        raise DataError(
-            "this export holds no ONNX network, the format that is served",
-            where=where,
-            got=", ".join(sorted(published.files)),
-            hint="add `onnx` to export.formats and export again",
-        )
-    contents = _checked_files(storage, published)
+    chosen = _engine(published, engine, where)
+    contents = _checked_files(storage, published, ENGINES[chosen])
     student = Student(
         uri=storage.uri,
         name=name,
         version=published.identity,
         labels=_labels(contents[LABELS], f"{storage}/{LABELS}"),
         preprocessing=_preprocessing(contents[PREPROCESSING], f"{storage}/{PREPROCESSING}"),
+        engine=chosen,
         confidence_deciles=tuple(published.facts.get("confidence_deciles", ())),
     )
-    return LoadedStudent(student, contents[MODEL])
+    return LoadedStudent(student, contents[ENGINES[chosen]])
 
 
-def _checked_files(storage: Storage, published: manifest.Manifest) -> dict[str, bytes]:
+def _engine(published: manifest.Manifest, wanted: str, where: str) -> str:
+    there = [name for name, file in ENGINES.items() if file in published.files]
+    if not there or wanted not in ("auto", *there):
+        raise DataError(
+            "this export holds no ONNX network, the format that is served" if not there else "no such engine",
+            where=where,
+            allowed=", ".join(("auto", *there)) if there else None,
+            got=", ".join(sorted(published.files)) if not there else wanted,
+            hint="add `onnx` to export.formats and export again" if not there else "add it to export.formats",
+        )
+    if wanted != "auto":
+        return wanted
+    formats = published.facts.get("formats", {})
+    # In the order of ENGINES where nothing was measured.
+    return min(there, key=lambda name: formats.get(name, {}).get("cpu_latency_ms", float("inf")))
+
+
+def _checked_files(storage: Storage, published: manifest.Manifest, model: str) -> dict[str, bytes]:
     """The contents that serving needs, by name; every published file is compared with its digest."""
     digests = published.facts.get("sha256")
     if not isinstance(digests, Mapping):
@@ -125,7 +141,7 @@ def _checked_files(storage: Storage, published: manifest.Manifest) -> dict[str, 
             where=f"{storage}/{manifest.FILE_NAME}",
             hint="export again",
         )
-    needed = {MODEL, LABELS, PREPROCESSING}
+    needed = {model, LABELS, PREPROCESSING}
     contents = {}
     for path in sorted(needed | set(published.files)):
         content = storage.read_bytes(path)

@@ -50,7 +50,7 @@ class StudentReplica:
     """
 
     def __init__(self, student: Student, settings: ServingSettings) -> None:
-        loaded = registry.load(student.uri)
+        loaded = registry.load(student.uri, settings.engine)
         if loaded.student != student:
             raise DataError(
                 "the exported student changed since the server was started",

@@ -19,6 +19,9 @@ class ServingSettings(BaseModel):
         default=1, ge=1, description="Most processes per student; more than `replicas`: they scale."
     )
     cpus_per_replica: int = Field(default=1, ge=1, description="Cores, and so decoding and network threads, of each.")
+    engine: Literal["auto", "onnx", "onnx-int8"] = Field(
+        default="auto", description="Which exported network answers; auto: the fastest, as its export measured them."
+    )
     max_batch_images: int = Field(default=32, ge=1, description="Images in one forward pass, of any requests.")
     batch_wait_s: float = Field(default=0.005, ge=0, le=10, description="How long the first image waits for company.")
     max_queued_requests: int = Field(

@@ -51,7 +51,7 @@ def test_a_registry_says_itself_what_is_served(
     catalog.canary("pets", second.version, 0.25)
     opened = []
     load = registry.load
-    monkeypatch.setattr(registry, "load", lambda uri: opened.append(uri) or load(uri))
+    monkeypatch.setattr(registry, "load", lambda uri, engine: opened.append(uri) or load(uri, engine))
     renewed = served.renewed()
     assert {student.version for student in renewed.students} == {first.version, shoes.version, second.version}
     assert renewed.routes["pets"] == Route(stable=first.version, canary=second.version, canary_share=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,3 +102,34 @@ def test_wrong_labels_are_refused(tmp_path: Path, labels: bytes) -> None:
 def test_wrong_preprocessing_is_refused(tmp_path: Path, preprocessing: bytes) -> None:
     with pytest.raises(DataError, match="not a preprocessing description"):
         registry.load(write_student(tmp_path, files={"preprocess.json": preprocessing}))
+
+
+# -- engines --------------------------------------------------------------------------------------------------
+
+INT8 = {"model.int8.onnx": onnx_network(seed=9)}
+
+
+@pytest.mark.parametrize(
+    ("files", "formats", "wanted", "taken"),
+    [
+        ({}, {}, "auto", "onnx"),
+        (INT8, {}, "auto", "onnx"),
+        (INT8, {"onnx": {"cpu_latency_ms": 1.0}, "onnx-int8": {"cpu_latency_ms": 2.0}}, "auto", "onnx"),
+        (INT8, {"onnx": {"cpu_latency_ms": 2.0}, "onnx-int8": {"cpu_latency_ms": 1.0}}, "auto", "onnx-int8"),
+        (INT8, {"onnx": {"cpu_latency_ms": 1.0}, "onnx-int8": {"cpu_latency_ms": 2.0}}, "onnx-int8", "onnx-int8"),
+        (INT8 | {"model.onnx": None}, {}, "auto", "onnx-int8"),
+    ],
+)
+def test_the_fastest_engine_answers_unless_one_is_named(
+    tmp_path: Path, files: dict[str, bytes], formats: dict[str, Any], wanted: str, taken: str
+) -> None:
+    uri = write_student(tmp_path, files=files, facts={"formats": formats})
+    loaded = registry.load(uri, wanted)
+    assert loaded.student.engine == taken
+    assert loaded.model == (INT8["model.int8.onnx"] if taken == "onnx-int8" else onnx_network())
+
+
+def test_an_engine_that_was_not_exported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such engine") as refusal:
+        registry.load(write_student(tmp_path), "onnx-int8")
+    assert refusal.value.allowed == "auto, onnx"
