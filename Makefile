@@ -12,7 +12,7 @@ NAME ?= quickstart
 unexport PYTHONDONTWRITEBYTECODE
 export SCALE
 
-.PHONY: help install quickstart test test-all fmt lint types imports check bench fashion-mnist clients stubs clean
+.PHONY: help install quickstart test test-all fmt lint types imports check bench chromium fashion-mnist clients stubs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ clients: $(CLIENTS_STAMP) ## Install tritonclient and KServe's client for the co
 
 bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small) or distill anew, ARGS="--help"; print its table
 	@$(if $(filter mining,$(NAME)),$(BENCH_BIN),$(BIN))/python -m tests.benchmarks.$(NAME) $(ARGS)
+
+chromium: ## Install Debian's browser for the tests of the server's page (else they are skipped)
+	apt-get update -q && apt-get install -y -q --no-install-recommends chromium
 
 fashion-mnist: ## Install Debian's package with the images of the quality benchmark (else torchvision downloads them)
 	apt-get install -y -q dataset-fashion-mnist

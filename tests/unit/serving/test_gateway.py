@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openapi_spec_validator
 import pytest
 from starlette.types import ASGIApp
 
@@ -367,6 +368,12 @@ def test_the_documentation_lists_every_route(app: ASGIApp) -> None:
         example = path.replace("{model}", "pets").replace("{version}", "stable")
         for method in methods:
             assert ask(app, method.upper(), example).status_code not in (404, 405), example
+
+
+def test_the_description_is_valid(app_of_two: ASGIApp) -> None:
+    described = ask(app_of_two, "GET", "/openapi.json").json()
+    openapi_spec_validator.validate(described)
+    assert described["paths"]["/v1/classify"]["post"]["parameters"][0]["schema"]["enum"] == ["pets", "shoes"]
 
 
 # -- tokens ---------------------------------------------------------------------------------------------------
