@@ -57,6 +57,10 @@ def serve(
     max_replicas: Annotated[
         int | None, typer.Option(help="Let each student scale up to so many processes, by requests under way.")
     ] = None,
+    tail: Annotated[
+        list[str] | None,
+        typer.Option(help="Students that share a process, opened on demand, none while nobody asks; * for all."),
+    ] = None,
     config_out: Annotated[
         Path | None, typer.Option(help="Start nothing: write a Serve config file for `serve deploy` or RayService.")
     ] = None,
@@ -72,7 +76,7 @@ def serve(
     from serving.settings import settings_from
 
     changes: dict[str, Any] = {"engine": engine, "grpc_port": grpc_port, "replicas": replicas}
-    changes["max_replicas"] = max_replicas or replicas
+    changes |= {"max_replicas": max_replicas or replicas, "tail": tuple(tail or ())}
     if no_auth:
         changes["authentication"] = "off"
     elif tokens is not None:

@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from pu_ray.errors import ClusterError, ConfigError, PuRayError
 from serving import registry, replica
-from serving.front import Front, application_of
+from serving.front import Front
 from serving.plan import Plan, plan
 from serving.registry import Student
 from serving.settings import ServingSettings
@@ -64,6 +64,18 @@ class FrontArguments(BaseModel):
     settings: ServingSettings
 
 
+class TailArguments(BaseModel):
+    """Arguments of `tail_from_args` in a Serve config file.
+
+    Attributes:
+        settings: Sizes and limits.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: ServingSettings
+
+
 class StudentArguments(BaseModel):
     """Arguments of `student_from_args` in a Serve config file.
 
@@ -97,6 +109,11 @@ def student_from_args(arguments: StudentArguments) -> serve.Application:
         _tried(registry.load(arguments.student, arguments.settings.engine).student, arguments.settings),
         arguments.settings,
     )
+
+
+def tail_from_args(arguments: TailArguments) -> serve.Application:
+    """What the tail shares, for Ray Serve's declarative way."""
+    return replica.tail_application(arguments.settings)
 
 
 def _tried(student: Student, settings: ServingSettings) -> Student:
@@ -151,7 +168,12 @@ def deploy(uris: Sequence[str], settings: ServingSettings, *, host: str = "127.0
 
 
 def _start(students: Iterable[Student], settings: ServingSettings) -> None:
-    _run({application_of(student): replica.application(student, settings) for student in students}, settings, None)
+    _run({replica.application_of(each, settings): _application(each, settings) for each in students}, settings, None)
+
+
+def _application(student: Student, settings: ServingSettings) -> serve.Application:
+    in_tail = settings.in_tail(student.name)
+    return replica.tail_application(settings) if in_tail else replica.application(student, settings)
 
 
 def _run(applications: dict[str, serve.Application], settings: ServingSettings, route: str | None) -> None:
@@ -211,7 +233,7 @@ def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], N
     try:
         renewed = served.renewed()
         running = {name for name in serve.status().applications if name != FRONT}
-        new = [student for student in renewed.students if application_of(student) not in running]
+        new = [student for student in renewed.students if replica.application_of(student, settings) not in running]
         for student in new:
             _start([_tried(student, settings)], settings)
             on_change(f"{student.name} {student.version[:12]} is ready")
@@ -220,7 +242,7 @@ def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], N
         return served
     handle = serve.get_app_handle(FRONT)
     reachable = set(handle.applications.remote().result(timeout_s=settings.request_timeout_s))
-    wanted = {application_of(student) for student in renewed.students}
+    wanted = {replica.application_of(student, settings) for student in renewed.students}
     for name in sorted(running - wanted - reachable):
         serve.delete(name)
         on_change(f"{name} has stopped")

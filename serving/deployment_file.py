@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from serving.app import FRONT, STUBS
-from serving.front import application_of
 from serving.plan import plan
+from serving.replica import TAIL, application_of
 from serving.settings import ServingSettings
 
 
@@ -28,15 +28,16 @@ def text(uris: Sequence[str], settings: ServingSettings, *, host: str, port: int
     served = plan(uris, settings.engine)
     common = settings.model_dump(mode="json", exclude_defaults=True)
     named = [served.registry_uri] if served.registry_uri else [student.uri for student in served.students]
-    students: list[dict[str, Any]] = [
-        {
-            "name": application_of(student),
+    students: dict[str, dict[str, Any]] = {}
+    for student in served.students:
+        name = application_of(student, settings)
+        function, own = ("tail_from_args", {}) if name == TAIL else ("student_from_args", {"student": student.uri})
+        students[name] = {
+            "name": name,
             "route_prefix": None,
-            "import_path": "serving.app:student_from_args",
-            "args": {"student": student.uri, "settings": common},
+            "import_path": f"serving.app:{function}",
+            "args": {**own, "settings": common},
         }
-        for student in served.students
-    ]
     front = {
         "name": FRONT,
         "route_prefix": "/",
@@ -46,7 +47,7 @@ def text(uris: Sequence[str], settings: ServingSettings, *, host: str, port: int
     document: dict[str, Any] = {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
-        "applications": [*students, front],
+        "applications": [*students.values(), front],
     }
     if settings.grpc_port is not None:
         document["grpc_options"] = {"port": settings.grpc_port, "grpc_servicer_functions": [STUBS]}

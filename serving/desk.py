@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -109,7 +109,7 @@ class Desk:
         self.offers = dict(offers)
         self.settings = settings
         self._max_requests = max_requests
-        self.meter = meter or NoMeter()
+        self._meter = meter or NoMeter()
         self._inside = 0
         self._shadows: set[asyncio.Task[None]] = set()
 
@@ -173,6 +173,13 @@ class Desk:
             for served, is_ready in zip(every, ready, strict=True)
         ]
 
+    def count(self, note: Callable[[Meter], None]) -> None:
+        """Tell the meter something; whatever goes wrong there costs no request."""
+        try:
+            note(self._meter)
+        except Exception:
+            _log.exception("a metric could not be recorded")
+
     # -- answers ------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -203,7 +210,8 @@ class Desk:
                 predictions = await served.backend.predict(images)
         except TimeoutError as error:
             raise ProtocolError(504, f"no answer within {self.settings.request_timeout_s:g} s") from error
-        self.meter.answered(served.student, predictions, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self.count(lambda meter: meter.answered(served.student, predictions, seconds))
         self._shadow(served, images, predictions)
         return predictions
 
@@ -230,7 +238,8 @@ class Desk:
             for position in range(len(images))
             if position not in stable.failures
         ]
-        self.meter.shadowed(shadow.student, sum(one == other for one, other in told), len(told))
+        same = sum(one == other for one, other in told)
+        self.count(lambda meter: meter.shadowed(shadow.student, same, len(told)))
 
 
 def _label(student: Student, predictions: Predictions, position: int) -> str:

@@ -68,6 +68,14 @@ class ServeBackend:
             return False
 
 
+class TailBackend(ServeBackend):
+    """A student that shares its processes: it is ready although none may run, because asking starts one."""
+
+    async def ready(self) -> bool:
+        """True."""
+        return True
+
+
 async def _cancellable(response: object) -> Any:
     assert isinstance(response, DeploymentResponse)
     try:
@@ -92,7 +100,7 @@ class Front:
         read = None if settings.tokens_uri is None else _reader(settings.tokens_uri)
         where = settings.tokens_uri or "tokens"
         guard = None if settings.authentication == "off" else Guard(settings.token_digests, read, where)
-        self._desk = Desk(_offers(plan), settings, _most_requests(plan, settings), FrontMeter())
+        self._desk = Desk(_offers(plan, settings), settings, _most_requests(plan, settings), FrontMeter())
         self._rpc = rpc.Servicer(self._desk, guard)
         self._guard = guard
         self._following = asyncio.get_running_loop().create_task(self._follow()) if plan.registry_uri else None
@@ -136,7 +144,11 @@ class Front:
     async def applications(self) -> list[str]:
         """Names of the applications that may get a request now."""
         every = (offer for offer in self._desk.offers.values())
-        return sorted(application_of(served.student) for offer in every for served in offer.versions.values())
+        return sorted(
+            replica.application_of(served.student, self._settings)
+            for offer in every
+            for served in offer.versions.values()
+        )
 
     async def _follow(self) -> None:
         while True:
@@ -152,7 +164,7 @@ class Front:
         plan = await asyncio.to_thread(self._plan.renewed)
         if plan == self._plan:
             return
-        offers = _offers(plan, self._desk.offers)
+        offers = _offers(plan, self._settings, self._desk.offers)
         for name, offer in offers.items():
             before = self._desk.offers.get(name)
             new = [
@@ -165,14 +177,14 @@ class Front:
         _log.info("routes changed: %s", "; ".join(f"{name} {offer.route!r}" for name, offer in offers.items()))
 
 
-def _offers(plan: Plan, known: Mapping[str, Offer] | None = None) -> dict[str, Offer]:
+def _offers(plan: Plan, settings: ServingSettings, known: Mapping[str, Offer] | None = None) -> dict[str, Offer]:
     offers = {}
     for name, route in plan.routes.items():
         before = {} if known is None or name not in known else dict(known[name].versions)
         offers[name] = Offer(
             route,
             {
-                student.version: before.get(student.version) or Served(student, _backend(student))
+                student.version: before.get(student.version) or Served(student, _backend(student, settings))
                 for student in plan.students
                 if student.name == name
             },
@@ -180,14 +192,12 @@ def _offers(plan: Plan, known: Mapping[str, Offer] | None = None) -> dict[str, O
     return offers
 
 
-def _backend(student: Student) -> ServeBackend:
-    handle = serve.get_deployment_handle(replica.DEPLOYMENT, application_of(student), _check_exists=False)
+def _backend(student: Student, settings: ServingSettings) -> ServeBackend:
+    application = replica.application_of(student, settings)
+    handle = serve.get_deployment_handle(replica.DEPLOYMENT, application, _check_exists=False)
+    if application == replica.TAIL:
+        return TailBackend(handle.options(multiplexed_model_id=student.uri))
     return ServeBackend(handle)
-
-
-def application_of(student: Student) -> str:
-    """The name of a version's Serve application."""
-    return f"student-{student.name}-{student.version[:12]}"
 
 
 def _most_requests(plan: Plan, settings: ServingSettings) -> int:

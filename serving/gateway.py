@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pu_ray.images import ImageError
 from serving import bodies, openapi, protocol, uploads
 from serving.auth import CHALLENGE, Guard
-from serving.desk import Desk, Meter, Served, Unavailable
+from serving.desk import Desk, Served, Unavailable
 from serving.registry import Student
 from serving.tensors import ProtocolError
 
@@ -90,7 +90,7 @@ def application(desk: Desk, guard: Guard | None) -> ASGIApp:
         exception_handlers={HTTPException: _framework_error},
     )
     app.router.redirect_slashes = False
-    return _Door(app, guard, desk.meter)
+    return _Door(app, guard, desk)
 
 
 # -- before and after every request ------------------------------------------------------------------------
@@ -99,10 +99,10 @@ def application(desk: Desk, guard: Guard | None) -> ASGIApp:
 class _Door:
     """Asks for the token before anything is read, gives every request an id, and writes its line in the log."""
 
-    def __init__(self, app: ASGIApp, guard: Guard | None, meter: Meter) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard | None, desk: Desk) -> None:
         self._app = app
         self._guard = guard
-        self._meter = meter
+        self._desk = desk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -131,7 +131,7 @@ class _Door:
         told = scope["state"]
         # The path as it was asked for may be anything; its pattern is ours.
         route = getattr(scope.get("route"), "path", "-")
-        self._meter.responded(route, status)
+        self._desk.count(lambda meter: meter.responded(route, status))
         _log.info(
             "request id=%s client=%s method=%s route=%s model=%s version=%s images=%d failed=%d status=%d seconds=%.4f",
             number,

@@ -23,6 +23,11 @@ def _tags(student: Student) -> dict[str, str]:
     return {"model": student.name, "version": student.version[:12]}
 
 
+def _ascii(label: str) -> str:
+    # Ray 2.60 encodes tags as ASCII and raises where it cannot.
+    return label.encode("ascii", "backslashreplace").decode()
+
+
 class FrontMeter:
     """What the front counts: `serving.desk.Meter`."""
 
@@ -55,7 +60,7 @@ class FrontMeter:
         self._images.inc(len(usable), tags)
         probabilities_MK = predictions.probabilities_NK[usable]
         for index in probabilities_MK.argmax(axis=1):
-            self._predicted.inc(tags=tags | {"label": student.labels[index]})
+            self._predicted.inc(tags=tags | {"label": _ascii(student.labels[index])})
         if student.confidence_deciles:
             key = (student.name, student.version)
             drift = self._drifts.setdefault(key, Drift(student.confidence_deciles))

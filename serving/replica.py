@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -98,6 +98,37 @@ class StudentReplica:
         return logits
 
 
+class TailReplica:
+    """One process for many students, each opened when it is first asked for; the least recently asked one goes first.
+
+    Requests are few here, so each has a forward pass of its own.
+
+    Args:
+        settings: Threads, limits, and how many students stay open.
+    """
+
+    def __init__(self, settings: ServingSettings) -> None:
+        self._settings = settings
+        self._running = ThreadPoolExecutor(settings.cpus_per_replica, "predict")
+
+        # Serve takes functions and methods of classes here, and no bound method.
+        @serve.multiplexed(max_num_models_per_replica=settings.tail_open)  # type: ignore[untyped-decorator]
+        async def opened(uri: str) -> Predictor:
+            return await asyncio.get_running_loop().run_in_executor(self._running, self._open, uri)
+
+        self._opened: Callable[[str], Awaitable[Predictor]] = opened
+
+    async def predict(self, images: Images) -> Predictions:
+        """Answer the N images of one request to the student that the handle names."""
+        predictor = await self._opened(serve.get_multiplexed_model_id())
+        return await asyncio.get_running_loop().run_in_executor(self._running, predictor.predict, images)
+
+    def _open(self, uri: str) -> Predictor:
+        predictor = predictor_of(registry.load(uri, self._settings.engine), self._settings)
+        predictor.warm_up()
+        return predictor
+
+
 def _forward_together(predictor: Predictor, pieces: Sequence[Floats]) -> list[Floats]:
     logits_MK = predictor.forward(np.concatenate(pieces))
     return np.split(logits_MK, np.cumsum([len(piece) for piece in pieces])[:-1])
@@ -120,15 +151,44 @@ def ongoing(settings: ServingSettings) -> int:
 
 
 DEPLOYMENT = "replica"
+TAIL = "student-tail"  # the application that shares its processes
 
 
-def application(student: Student, settings: ServingSettings) -> serve.Application:
-    """A Serve application of its own for this version, so that versions come and go without disturbing each other."""
+def application_of(student: Student, settings: ServingSettings) -> str:
+    """The name of the Serve application that answers for a version."""
+    return TAIL if settings.in_tail(student.name) else f"student-{student.name}-{student.version[:12]}"
+
+
+def tail_application(settings: ServingSettings) -> serve.Application:
+    """The Serve application whose processes the tail shares."""
+    fewest, most = settings.tail_replicas
+    as_replicas = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=ongoing(settings),
+        max_queued_requests=settings.max_queued_requests,
+        ray_actor_options=_actor_options(settings),
+        autoscaling_config={
+            "min_replicas": fewest,
+            "initial_replicas": fewest,
+            "max_replicas": most,
+            "target_ongoing_requests": settings.cpus_per_replica,
+            "upscale_delay_s": 1.0,
+        },
+    )
+    return as_replicas(TailReplica).bind(settings)
+
+
+def _actor_options(settings: ServingSettings) -> dict[str, Any]:
     environment = {
         # Idle OpenMP threads that spin starve whoever shares their cores.
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(settings.cpus_per_replica),
     }
+    return {"num_cpus": settings.cpus_per_replica, "runtime_env": {"env_vars": environment}}
+
+
+def application(student: Student, settings: ServingSettings) -> serve.Application:
+    """A Serve application of its own for this version, so that versions come and go without disturbing each other."""
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.max_replicas > settings.replicas:
         scaling = {
@@ -144,7 +204,7 @@ def application(student: Student, settings: ServingSettings) -> serve.Applicatio
         max_ongoing_requests=ongoing(settings),
         max_queued_requests=settings.max_queued_requests,
         max_constructor_retry_count=_CONSTRUCTOR_ATTEMPTS,
-        ray_actor_options={"num_cpus": settings.cpus_per_replica, "runtime_env": {"env_vars": environment}},
+        ray_actor_options=_actor_options(settings),
         **scaling,
     )
     return as_replicas(StudentReplica).bind(student, settings)

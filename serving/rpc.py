@@ -124,7 +124,8 @@ class Servicer:
             if status is not grpc.StatusCode.OK:
                 context.set_code(status)
                 context.set_details(details)
-            self._desk.meter.responded(method, status.value[0])
+            code = status.value[0]
+            self._desk.count(lambda meter: meter.responded(method, code))
             _log.info(
                 "call method=%s model=%s version=%s images=%d failed=%d status=%s seconds=%.4f",
                 method,

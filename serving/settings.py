@@ -22,6 +22,13 @@ class ServingSettings(BaseModel):
     engine: Literal["auto", "onnx", "onnx-int8"] = Field(
         default="auto", description="Which exported network answers; auto: the fastest, as its export measured them."
     )
+    tail: tuple[str, ...] = Field(
+        default=(), description="Students that share processes, which open them on demand; * stands for all."
+    )
+    tail_replicas: tuple[int, int] = Field(
+        default=(0, 1), description="Fewest and most of the processes that the tail shares; 0: none while nobody asks."
+    )
+    tail_open: int = Field(default=8, ge=1, description="Students that one such process keeps open.")
     max_batch_images: int = Field(default=32, ge=1, description="Images in one forward pass, of any requests.")
     batch_wait_s: float = Field(default=0.005, ge=0, le=10, description="How long the first image waits for company.")
     max_queued_requests: int = Field(
@@ -47,6 +54,17 @@ class ServingSettings(BaseModel):
     grpc_port: int | None = Field(
         default=None, ge=1, le=65535, description="Port for gRPC, which Ray Serve opens on every interface."
     )
+
+    def in_tail(self, name: str) -> bool:
+        """Whether the student of this name shares processes with others."""
+        return name in self.tail or "*" in self.tail
+
+    @model_validator(mode="after")
+    def _tail_can_be_served(self) -> Self:
+        fewest, most = self.tail_replicas
+        if not 0 <= fewest <= most or most < 1:
+            raise ValueError(f"tail_replicas must be [fewest, most] with at least one, got {list(self.tail_replicas)}")
+        return self
 
     @model_validator(mode="after")
     def _somebody_may_ask(self) -> Self:

@@ -17,11 +17,14 @@ import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
+from pu_ray.images import Limits
 from serving import app, auth, client, deployment_file
 from serving import inference_pb2 as pb
 from serving import inference_pb2_grpc as stubs
+from serving import registry as students
 from serving.catalog import Catalog
 from serving.plan import Plan, plan
+from serving.predictor import Predictor
 from serving.settings import ServingSettings
 from tests.integration.test_serving import free_port
 from tests.unit.serving.students import picture, png, write_student
@@ -183,3 +186,26 @@ def test_the_config_file_is_one_that_serve_takes(registry: Registry) -> None:
         module, _, function = each.import_path.partition(":")
         assert module == "serving.app"
         assert callable(getattr(app, function))
+
+
+def test_the_tail_shares_a_process_that_starts_on_demand(
+    ray_cluster: object, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # A server of its own: the module's has to be gone.
+    serve.shutdown()
+    folder = tmp_path_factory.mktemp("tail")
+    uris = [write_student(folder / name, name, seed) for seed, name in enumerate(["pets", "shoes", "cars"])]
+    settings = ServingSettings(authentication="off", tail=("*",), tail_open=2, batch_wait_s=0.01)
+    url = app.deploy(uris, settings, port=free_port())
+    assert set(serve.status().applications) == {"student-tail", "pu-ray"}
+    replicas = serve.status().applications["student-tail"].deployments["replica"].replica_states
+    assert sum(replicas.values()) == 0, "nobody has asked yet"
+    with client.Client(url) as own:
+        for _ in range(2):
+            for seed, name in enumerate(["pets", "shoes", "cars"]):
+                expected = Predictor(students.load(uris[seed]), Limits()).predict([png(1)]).top(0, 3)
+                answer = own.classify(png(1), model=name)
+                assert [item.index for item in answer.predictions] == [index for index, _ in expected]
+                assert answer.model == name
+    replicas = serve.status().applications["student-tail"].deployments["replica"].replica_states
+    assert sum(replicas.values()) == 1

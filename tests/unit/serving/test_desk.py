@@ -81,6 +81,18 @@ def test_answers_are_counted(student: Student, backend: InProcess) -> None:
     assert meter.answers == [(student.version, 2)]
 
 
+def test_a_meter_that_breaks_costs_no_request(
+    student: Student, backend: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Counting):
+        def answered(self, student: Student, predictions: Predictions, seconds: float) -> None:
+            raise UnicodeEncodeError("ascii", "Ü", 0, 1, "no")
+
+    desk = desk_of(SETTINGS, Served(student, backend), meter=Broken())
+    assert len(asyncio.run(desk.predict(desk.served("pets"), [png(0)])).logits_NK) == 1
+    assert "a metric could not be recorded" in caplog.text
+
+
 def test_a_request_under_way_ends_as_it_began(student: Student, predictor: Predictor) -> None:
     slow, other = InProcess(predictor), InProcess(predictor)
     slow.delay_s = 0.2

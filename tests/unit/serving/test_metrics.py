@@ -32,6 +32,7 @@ class Recorder:
 
     def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
         assert value > 0, "Ray refuses to count nothing"
+        assert all(text.isascii() for text in (tags or {}).values()), "and what is not ASCII"
         assert set(tags or {}) == self.allowed
         self.values.append((value, tags or {}))
 
@@ -56,12 +57,12 @@ def total(recorder: Recorder) -> float:
 
 def test_answers_are_counted_by_class_and_failures_apart(student: Student, recorded: dict[str, Recorder]) -> None:
     meter = metrics.FrontMeter()
-    logits = np.array([[9, 0, 0], [np.nan] * 3, [0, 9, 0], [9, 0, 0]], np.float32)
+    logits = np.array([[9, 0, 0], [np.nan] * 3, [0, 9, 0], [0, 0, 9]], np.float32)
     meter.answered(student, Predictions(logits, {1: ImageError("truncated", "")}), 0.25)
     meter.responded("/v1/classify", 200)
     assert total(recorded["pu_ray_images"]) == 3
     assert total(recorded["pu_ray_failed_images"]) == 1
-    assert [tags["label"] for _, tags in recorded["pu_ray_predictions"].values] == ["cat", "dog", "cat"]
+    assert [tags["label"] for _, tags in recorded["pu_ray_predictions"].values] == ["cat", "dog", r"\xdcnicorn"]
     assert recorded["pu_ray_request_seconds"].values[0][0] == 0.25
     assert recorded["pu_ray_responses"].values == [(1.0, {"route": "/v1/classify", "status": "200"})]
 
