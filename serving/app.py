@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from pu_ray.errors import ClusterError, ConfigError, PuRayError
@@ -240,8 +242,13 @@ def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], N
     except PuRayError as error:
         on_change(f"the registry cannot be followed, what is served stays: {error}")
         return served
-    handle = serve.get_app_handle(FRONT)
-    reachable = set(handle.applications.remote().result(timeout_s=settings.request_timeout_s))
+    try:
+        handle = serve.get_app_handle(FRONT)
+        reachable = set(handle.applications.remote().result(timeout_s=settings.request_timeout_s))
+    except (RayError, RayServeException, DeploymentUnavailableError, TimeoutError) as error:
+        # Serve replaces it; what might still be reached stays until it can be asked.
+        on_change(f"the front does not answer: {type(error).__name__}")
+        return renewed
     wanted = {replica.application_of(student, settings) for student in renewed.students}
     for name in sorted(running - wanted - reachable):
         serve.delete(name)

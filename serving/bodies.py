@@ -76,13 +76,19 @@ async def read(request: Request, limit: int, timeout_s: float) -> bytes:
         ProtocolError: 400, 408, 413 or 415.
     """
     inflater = Inflater(request.headers.get("content-encoding", "").strip().lower(), limit)
+    too_large = ProtocolError(413, f"the body is larger than {limit} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-        raise ProtocolError(413, f"the body is larger than {limit} bytes")
+        raise too_large
     chunks: list[bytes] = []
+    received = 0
     try:
         async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
+                # Compressed bytes may be many and hold nothing.
+                received += len(chunk)
+                if received > limit:
+                    raise too_large
                 chunks.append(inflater.feed(chunk))
     except TimeoutError as error:
         raise ProtocolError(408, f"the body took longer than {timeout_s:g} s") from error

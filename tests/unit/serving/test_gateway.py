@@ -237,6 +237,22 @@ def test_what_is_compressed_badly_is_refused(
     assert message in text
 
 
+def test_compressed_bytes_that_hold_nothing_are_counted_too(app: ASGIApp) -> None:
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        yield b"\x78\x9c"
+        while taken < 10_000:
+            taken += 1
+            yield b"\x00\x00\x00\xff\xff" * 100  # stored blocks of no bytes (RFC 1951)
+
+    headers = PNG | {"Content-Encoding": "deflate"}
+    response = ask(app, "POST", "/v1/classify", content=endless(), headers=headers)
+    assert error_of(response) == (413, "the body is larger than 4096 bytes")
+    assert taken < 20
+
+
 def test_a_body_that_never_ends_is_given_up(app: ASGIApp) -> None:
     async def stalled() -> AsyncIterator[bytes]:
         yield b"a"
