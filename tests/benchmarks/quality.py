@@ -540,8 +540,11 @@ def _submit(arguments: argparse.Namespace, trainees: Trainees, data: Path, work:
                 record = {"scale": arguments.scale, "steps": arguments.steps, "labeled": labeled, "seed": seed}
                 record["row"] = name
                 # What looks at no labeled image is the same for any number of them.
-                if tuple(record.values()) in done or (name == "all-data" and labeled != arguments.labeled[0]):
+                if name == "all-data":
+                    record["labeled"] = fmnist_open.MOST_LABELED
+                if tuple(record.values()) in done:
                     continue
+                done.add(tuple(record.values()))
                 try:
                     chosen, facts = _choice(chooser, name, data)
                 except DataError as error:
