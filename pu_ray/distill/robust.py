@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_BISECTIONS = 100
+_BISECTIONS = 60  # more than a float64 has bits
 
 
 def worst_weights(weights_K: Any, losses_K: Any, shares_K: Any, radius: float) -> Floats:
