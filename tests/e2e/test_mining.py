@@ -88,7 +88,7 @@ def test_a_cascade_spares_most_of_the_lake_and_keeps_what_would_be_mined(
     assert np.isneginf(scores["score"].to_numpy(zero_copy_only=False)[rejected]).all()
     assert np.isfinite(scores["score"].to_numpy(zero_copy_only=False)[usable & ~rejected]).all()
     assert scores["score"].null_count == SMALL.broken
-    assert len(selected(tmp_path) & selected(cached)) > 0.9 * len(selected(cached))
+    assert len(selected(tmp_path) & selected(cached)) > 0.85 * len(selected(cached))
     prior, other = made["fit"].facts["prior"], manifest.require(Storage(str(cached / "run/scorer")), "fit")
     assert prior["low"] <= other.facts["prior"]["high"]
     assert other.facts["prior"]["low"] <= prior["high"]
