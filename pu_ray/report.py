@@ -273,7 +273,7 @@ def _score_plot(storage: Storage, summary: Mapping[str, Any]) -> str:
             )
         if summary.get("threshold") is not None:
             axes.axvline(summary["threshold"], color=_ORANGE, label="threshold")
-        axes.set_xlabel("score (logit)")
+        axes.set_xlabel("score")
         axes.set_ylabel("% of images")
         axes.set_yscale("symlog", linthresh=1)
         axes.legend(frameon=False, labelcolor=_GREY)

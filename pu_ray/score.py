@@ -1,4 +1,4 @@
-"""Stage `score`: one PU logit for every image of the lake (paper, section 3.1).
+"""Stage `score`: one PU score for every image of the lake (paper, section 3.1).
 
 A frozen scorer on cached features reads `features/` and never the lake. Without the cache, or with a fine-tuned
 scorer, the lake's images go through the networks here. Scoring has no randomness. Writes `scores/`: data/*.parquet,

@@ -1,4 +1,4 @@
-"""Scorers: networks that give one logit per image, positive for images of the teacher's classes.
+"""Scorers: networks that give one score per image, positive for images of the teacher's classes.
 
 Axes: N images, D feature width (all stages), R reduced width of the attention, K classes.
 """
