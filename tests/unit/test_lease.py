@@ -123,7 +123,7 @@ def test_a_second_run_is_refused_and_told_who_holds_it(any_storage):
             lease.hold(any_storage, "x", **QUICK),
         ):
             pytest.fail("two at once")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         held.check()
     error = caught.value
     assert error.exit_status == 4
@@ -233,7 +233,7 @@ def test_a_killed_run_is_replaced_at_once_on_its_machine(request, kind):
         started = time.monotonic()
         with lease.hold(storage, "second", note=notes.append) as held:
             held.check()
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 10
     finally:
         process.kill()
         process.wait()
