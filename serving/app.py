@@ -21,7 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from pu_ray.errors import ClusterError, ConfigError, PuRayError
-from serving import registry, replica
+from serving import local, registry, replica
 from serving.front import Front
 from serving.plan import Plan, plan
 from serving.registry import Student
@@ -42,14 +42,26 @@ STUBS = "serving.inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
 
 def front_application(served: Plan, settings: ServingSettings) -> serve.Application:
     """The ingress for these students."""
+    inside = settings.placement == "inside"
     as_front = serve.deployment(
         name="front",
         # It refuses by itself, with an error document. Serve's proxy would answer in plain text, or queue requests and
         # swallow their bodies meanwhile.
         max_ongoing_requests=_NO_LIMIT,
-        ray_actor_options={"num_cpus": _FRONT_CPUS},
+        ray_actor_options=replica.actor_options(settings) if inside else {"num_cpus": _FRONT_CPUS},
+        # It writes a line per request itself.
+        logging_config={"enable_access_log": False},
+        **(replica.scaling(settings) if inside else {}),
     )
     return as_front(serve.ingress()(Front)).bind(served, settings)
+
+
+def placed(served: Plan, settings: ServingSettings) -> ServingSettings:
+    """The settings with a placement that is decided: it stays when a registry changes."""
+    if settings.placement != "auto":
+        return settings
+    named = {student.name for student in served.students if not settings.in_tail(student.name)}
+    return settings.model_copy(update={"placement": "inside" if len(named) == 1 else "apart"})
 
 
 class FrontArguments(BaseModel):
@@ -98,7 +110,8 @@ def front_from_args(arguments: FrontArguments) -> serve.Application:
     Raises:
         PuRayError: See `plan`.
     """
-    return front_application(plan(arguments.students, arguments.settings.engine), arguments.settings)
+    served = plan(arguments.students, arguments.settings.engine)
+    return front_application(served, placed(served, arguments.settings))
 
 
 def student_from_args(arguments: StudentArguments) -> serve.Application:
@@ -120,7 +133,7 @@ def tail_from_args(arguments: TailArguments) -> serve.Application:
 
 def _tried(student: Student, settings: ServingSettings) -> Student:
     """The student, once it has answered here, so that a wrong one stops before Serve tries it again and again."""
-    replica.predictor_of(registry.load(student.uri, settings.engine), settings).warm_up()
+    local.reopened(student, settings)
     return student
 
 
@@ -146,6 +159,7 @@ def deploy(uris: Sequence[str], settings: ServingSettings, *, host: str = "127.0
     """
     _check_address(host, port, settings)
     served = plan(uris, settings.engine)
+    settings = placed(served, settings)
     for student in served.students:
         _tried(student, settings)
     # Serve would start a Ray of its own, with settings that nobody chose.
@@ -170,7 +184,8 @@ def deploy(uris: Sequence[str], settings: ServingSettings, *, host: str = "127.0
 
 
 def _start(students: Iterable[Student], settings: ServingSettings) -> None:
-    _run({replica.application_of(each, settings): _application(each, settings) for each in students}, settings, None)
+    named = replica.applications(students, settings)
+    _run({name: _application(each, settings) for name, each in named.items()}, settings, None)
 
 
 def _application(student: Student, settings: ServingSettings) -> serve.Application:
@@ -212,10 +227,11 @@ def run_until_interrupted(
         KeyboardInterrupt: The way this ends.
         PuRayError: See `deploy`.
     """
+    served = plan(uris, settings.engine)
+    settings = placed(served, settings)
     url = deploy(uris, settings, host=host, port=port)
     try:
         on_ready(url)
-        served = plan(uris, settings.engine)
         while True:
             time.sleep(settings.reload_s)
             if served.registry_uri is not None:
@@ -227,7 +243,8 @@ def run_until_interrupted(
 def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], None]) -> Plan:
     """Start the versions that a registry names by now, and stop those that no request reaches any more.
 
-    The front moves over by itself once the new ones answer (`serving.front`); until it has, the old ones stay.
+    The front moves over by itself once the new ones answer (`serving.front`); until it has, the old ones stay. It also
+    opens by itself what it answers itself.
 
     Returns:
         The registry as it is served now.
@@ -235,10 +252,11 @@ def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], N
     try:
         renewed = served.renewed()
         running = {name for name in serve.status().applications if name != FRONT}
-        new = [student for student in renewed.students if replica.application_of(student, settings) not in running]
-        for student in new:
-            _start([_tried(student, settings)], settings)
-            on_change(f"{student.name} {student.version[:12]} is ready")
+        wanted = replica.applications(renewed.students, settings)
+        for name, student in wanted.items():
+            if name not in running:
+                _start([_tried(student, settings)], settings)
+                on_change(f"{student.name} {student.version[:12]} is ready")
     except PuRayError as error:
         on_change(f"the registry cannot be followed, what is served stays: {error}")
         return served
@@ -249,8 +267,7 @@ def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], N
         # Serve replaces it; what might still be reached stays until it can be asked.
         on_change(f"the front does not answer: {type(error).__name__}")
         return renewed
-    wanted = {replica.application_of(student, settings) for student in renewed.students}
-    for name in sorted(running - wanted - reachable):
+    for name in sorted(running - set(wanted) - reachable):
         serve.delete(name)
         on_change(f"{name} has stopped")
     return renewed

@@ -104,8 +104,9 @@ class _Asking:
 
     @staticmethod
     def checked(response: httpx.Response) -> httpx.Response:
-        """The response, unless it asks to come back."""
-        if response.status_code in _COME_BACK:
+        """The response, unless it asks to come back, or a proxy speaks for a process that is gone."""
+        status = response.status_code
+        if status in _COME_BACK or (status >= 500 and _message(response) is None):
             raise _Busy(response)
         return response
 
@@ -136,13 +137,8 @@ class _Asking:
             raise self.stranger() from error
 
     def _refusal(self, response: httpx.Response) -> PuRayError:
-        try:
-            document = response.json()
-        except ValueError:
-            document = None
-        message = document.get("error") if isinstance(document, dict) else None
-        status = response.status_code
-        if not isinstance(message, str):
+        message, status = _message(response), response.status_code
+        if message is None:
             return self.stranger()
         told = {"where": self.url, "got": f"HTTP {status}"}
         if status == 401:
@@ -311,6 +307,16 @@ class AsyncClient:
         except (_Busy, httpx.TransportError) as error:
             raise self._asking.failed(error) from error
         return self._asking.document(response)
+
+
+def _message(response: httpx.Response) -> str | None:
+    """What a server of ours says went wrong; None: this is not one of its errors."""
+    try:
+        document = response.json()
+    except ValueError:
+        return None
+    message = document.get("error") if isinstance(document, dict) else None
+    return message if isinstance(message, str) else None
 
 
 _growing = tenacity.wait_exponential_jitter(initial=0.2, max=_LONGEST_PAUSE_S)

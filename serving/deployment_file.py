@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from serving.app import FRONT, STUBS
+from serving.app import FRONT, STUBS, placed
 from serving.plan import plan
-from serving.replica import TAIL, application_of
+from serving.replica import TAIL, applications
 from serving.settings import ServingSettings
 
 
@@ -26,11 +26,11 @@ def text(uris: Sequence[str], settings: ServingSettings, *, host: str, port: int
         PuRayError: See `plan`.
     """
     served = plan(uris, settings.engine)
+    settings = placed(served, settings)
     common = settings.model_dump(mode="json", exclude_defaults=True)
     named = [served.registry_uri] if served.registry_uri else [student.uri for student in served.students]
     students: dict[str, dict[str, Any]] = {}
-    for student in served.students:
-        name = application_of(student, settings)
+    for name, student in applications(served.students, settings).items():
         function, own = ("tail_from_args", {}) if name == TAIL else ("student_from_args", {"student": student.uri})
         students[name] = {
             "name": name,

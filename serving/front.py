@@ -1,4 +1,6 @@
-"""The process that speaks HTTP and gRPC: `serving.gateway` and `serving.rpc` before the students' replicas.
+"""The processes that speak HTTP and gRPC, before students in the same process or in processes of their own.
+
+`serving.gateway` and `serving.rpc` take the requests; `serving.local` or `serving.replica` answers them.
 
 It follows the registry it serves: a route counts as soon as every version that it names answers, and until then the old
 one does. No request waits for that.
@@ -25,7 +27,8 @@ from pu_ray.errors import PuRayError
 from pu_ray.storage import Storage
 from serving import gateway, replica, rpc
 from serving.auth import Guard
-from serving.desk import Desk, Offer, Served, Unavailable
+from serving.desk import Backend, Desk, Offer, Served, Unavailable
+from serving.local import LocalStudent
 from serving.metrics import FrontMeter
 from serving.plan import Plan
 from serving.predictor import Images, Predictions
@@ -144,11 +147,8 @@ class Front:
     async def applications(self) -> list[str]:
         """Names of the applications that may get a request now."""
         every = (offer for offer in self._desk.offers.values())
-        return sorted(
-            replica.application_of(served.student, self._settings)
-            for offer in every
-            for served in offer.versions.values()
-        )
+        students = (served.student for offer in every for served in offer.versions.values())
+        return sorted(replica.applications(students, self._settings))
 
     async def _follow(self) -> None:
         while True:
@@ -164,7 +164,8 @@ class Front:
         plan = await asyncio.to_thread(self._plan.renewed)
         if plan == self._plan:
             return
-        offers = _offers(plan, self._settings, self._desk.offers)
+        # In a thread: it may open students.
+        offers = await asyncio.to_thread(_offers, plan, self._settings, self._desk.offers)
         for name, offer in offers.items():
             before = self._desk.offers.get(name)
             new = [
@@ -192,8 +193,10 @@ def _offers(plan: Plan, settings: ServingSettings, known: Mapping[str, Offer] | 
     return offers
 
 
-def _backend(student: Student, settings: ServingSettings) -> ServeBackend:
+def _backend(student: Student, settings: ServingSettings) -> Backend:
     application = replica.application_of(student, settings)
+    if application is None:
+        return LocalStudent(student, settings)
     handle = serve.get_deployment_handle(replica.DEPLOYMENT, application, _check_exists=False)
     if application == replica.TAIL:
         return TailBackend(handle.options(multiplexed_model_id=student.uri))
@@ -202,6 +205,8 @@ def _backend(student: Student, settings: ServingSettings) -> ServeBackend:
 
 def _most_requests(plan: Plan, settings: ServingSettings) -> int:
     """All that the students' queues may hold, and as much again for requests whose bodies are still arriving."""
+    if settings.placement == "inside":
+        return replica.ongoing(settings) + settings.max_queued_requests  # this process is the queue
     of_each = max(settings.replicas, settings.max_replicas) * replica.ongoing(settings) + settings.max_queued_requests
     return 2 * len(plan.students) * of_each
 

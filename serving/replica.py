@@ -1,4 +1,4 @@
-"""One process that answers for one version of one student, with dynamic batching. Ray Serve's deployments.
+"""Processes that answer for the front: one version of one student, or the tail. Ray Serve's deployments.
 
 Every replica opens its student from the exported folder itself: weights travel through storage, not through Serve's
 controller. The folder must therefore be readable from every node of the cluster.
@@ -7,39 +7,24 @@ controller. The folder must therefore be readable from every node of the cluster
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from ray import serve
 
-from pu_ray.errors import DataError
-from pu_ray.images import Limits
 from serving import registry
-from serving.metrics import ReplicaMeter
-from serving.predictor import Floats, Images, Predictions, Predictor, join
-from serving.registry import LoadedStudent, Student
+from serving.local import LocalStudent, warm
+from serving.predictor import Images, Predictions, Predictor
+from serving.registry import Student
 from serving.settings import ServingSettings
 
 # More attempts only delay the message: what stops a student from loading is in its files.
 _CONSTRUCTOR_ATTEMPTS = 2
 
 
-# Normalised images [M, C, H, W] of one request, and when they were ready (monotonic seconds).
-Piece = tuple[Floats, float]
-
-
-def _images_in(pieces: list[Piece]) -> int:
-    return sum(len(pixels) for pixels, _ in pieces)
-
-
 class StudentReplica:
-    """One process that answers for one student.
-
-    Each request is decoded on its own, in threads; what came out of it joins other requests for the forward pass. So a
-    bad image never reaches its neighbours, and memory holds at most one batch of pixels per request.
+    """One process that answers for one student: `serving.local`, asked by the front.
 
     Args:
         student: Whom to open; the folder must still hold exactly this one.
@@ -50,52 +35,15 @@ class StudentReplica:
     """
 
     def __init__(self, student: Student, settings: ServingSettings) -> None:
-        loaded = registry.load(student.uri, settings.engine)
-        if loaded.student != student:
-            raise DataError(
-                "the exported student changed since the server was started",
-                where=student.uri,
-                allowed=f"version {student.version}",
-                got=f"version {loaded.student.version}",
-                hint="start the server again",
-            )
-        self._predictor = predictor_of(loaded, settings)
-        self._predictor.warm_up()
-        self._batch_images = settings.max_batch_images
-        self._decoding = ThreadPoolExecutor(settings.cpus_per_replica, "decode")
-        self._running = ThreadPoolExecutor(1, "forward")
-        self._meter = ReplicaMeter(student)
-        self._forward.set_max_batch_size(settings.max_batch_images)  # type: ignore[attr-defined]
-        self._forward.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
+        self._student = LocalStudent(student, settings)
 
     async def predict(self, images: Images) -> Predictions:
         """Answer the N images of one request, at least one."""
-        loop = asyncio.get_running_loop()
-        parts = []
-        for start in range(0, len(images), self._batch_images):
-            piece = images[start : start + self._batch_images]
-            started = time.monotonic()
-            prepared = await loop.run_in_executor(self._decoding, self._predictor.prepare, piece)
-            self._meter.decoded(time.monotonic() - started)
-            parts.append(prepared.answer(await self._forward((prepared.pixels_MCHW, time.monotonic()))))
-        return join(parts)
+        return await self._student.predict(images)
 
     async def ready(self) -> bool:
         """True: a replica that exists has warmed up."""
         return True
-
-    @serve.batch(batch_size_fn=_images_in)
-    async def _forward(self, pieces: list[Piece]) -> list[Floats]:
-        """Logits [M, K] of each piece [M, C, H, W], from one forward pass over all of them."""
-        started = time.monotonic()
-        for _, since in pieces:
-            self._meter.queued(started - since)
-        loop = asyncio.get_running_loop()
-        pixels = [piece for piece, _ in pieces]
-        logits = await loop.run_in_executor(self._running, _forward_together, self._predictor, pixels)
-        self._meter.ran(time.monotonic() - started)
-        self._meter.batched(_images_in(pieces))
-        return logits
 
 
 class TailReplica:
@@ -124,24 +72,7 @@ class TailReplica:
         return await asyncio.get_running_loop().run_in_executor(self._running, predictor.predict, images)
 
     def _open(self, uri: str) -> Predictor:
-        predictor = predictor_of(registry.load(uri, self._settings.engine), self._settings)
-        predictor.warm_up()
-        return predictor
-
-
-def _forward_together(predictor: Predictor, pieces: Sequence[Floats]) -> list[Floats]:
-    logits_MK = predictor.forward(np.concatenate(pieces))
-    return np.split(logits_MK, np.cumsum([len(piece) for piece in pieces])[:-1])
-
-
-def predictor_of(loaded: LoadedStudent, settings: ServingSettings) -> Predictor:
-    """The student with this server's limits and threads.
-
-    Raises:
-        DataError: The network cannot be loaded.
-    """
-    limits = Limits(max_bytes=settings.max_body_bytes, max_px=settings.max_image_px)
-    return Predictor(loaded, limits, settings.cpus_per_replica)
+        return warm(registry.load(uri, self._settings.engine), self._settings)
 
 
 def ongoing(settings: ServingSettings) -> int:
@@ -154,9 +85,21 @@ DEPLOYMENT = "replica"
 TAIL = "student-tail"  # the application that shares its processes
 
 
-def application_of(student: Student, settings: ServingSettings) -> str:
-    """The name of the Serve application that answers for a version."""
-    return TAIL if settings.in_tail(student.name) else f"student-{student.name}-{student.version[:12]}"
+def application_of(student: Student, settings: ServingSettings) -> str | None:
+    """The name of the Serve application that answers for a version; None: the front answers itself."""
+    if settings.in_tail(student.name):
+        return TAIL
+    return None if settings.placement == "inside" else f"student-{student.name}-{student.version[:12]}"
+
+
+def applications(students: Iterable[Student], settings: ServingSettings) -> dict[str, Student]:
+    """The applications that answer for these students, each with the first of its students."""
+    found: dict[str, Student] = {}
+    for student in students:
+        name = application_of(student, settings)
+        if name is not None:
+            found.setdefault(name, student)
+    return found
 
 
 def tail_application(settings: ServingSettings) -> serve.Application:
@@ -166,7 +109,7 @@ def tail_application(settings: ServingSettings) -> serve.Application:
         name=DEPLOYMENT,
         max_ongoing_requests=ongoing(settings),
         max_queued_requests=settings.max_queued_requests,
-        ray_actor_options=_actor_options(settings),
+        ray_actor_options=actor_options(settings),
         autoscaling_config={
             "min_replicas": fewest,
             "initial_replicas": fewest,
@@ -178,7 +121,8 @@ def tail_application(settings: ServingSettings) -> serve.Application:
     return as_replicas(TailReplica).bind(settings)
 
 
-def _actor_options(settings: ServingSettings) -> dict[str, Any]:
+def actor_options(settings: ServingSettings) -> dict[str, Any]:
+    """Resources and environment of a process that runs networks."""
     environment = {
         # Idle OpenMP threads that spin starve whoever shares their cores.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -187,24 +131,28 @@ def _actor_options(settings: ServingSettings) -> dict[str, Any]:
     return {"num_cpus": settings.cpus_per_replica, "runtime_env": {"env_vars": environment}}
 
 
+def scaling(settings: ServingSettings) -> dict[str, Any]:
+    """How many such processes there are."""
+    if settings.max_replicas <= settings.replicas:
+        return {"num_replicas": settings.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": settings.replicas,
+            "max_replicas": settings.max_replicas,
+            # Half of what a replica takes: the other half is what arrives while another one starts.
+            "target_ongoing_requests": max(1, ongoing(settings) // 2),
+        }
+    }
+
+
 def application(student: Student, settings: ServingSettings) -> serve.Application:
     """A Serve application of its own for this version, so that versions come and go without disturbing each other."""
-    scaling: dict[str, Any] = {"num_replicas": settings.replicas}
-    if settings.max_replicas > settings.replicas:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": settings.replicas,
-                "max_replicas": settings.max_replicas,
-                # Half of what a replica takes: the other half is what arrives while another one starts.
-                "target_ongoing_requests": max(1, ongoing(settings) // 2),
-            }
-        }
     as_replicas = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=ongoing(settings),
         max_queued_requests=settings.max_queued_requests,
         max_constructor_retry_count=_CONSTRUCTOR_ATTEMPTS,
-        ray_actor_options=_actor_options(settings),
-        **scaling,
+        ray_actor_options=actor_options(settings),
+        **scaling(settings),
     )
     return as_replicas(StudentReplica).bind(student, settings)

@@ -22,6 +22,11 @@ class ServingSettings(BaseModel):
     engine: Literal["auto", "onnx", "onnx-int8"] = Field(
         default="auto", description="Which exported network answers; auto: the fastest, as its export measured them."
     )
+    placement: Literal["auto", "inside", "apart"] = Field(
+        default="auto",
+        description="inside: the processes that speak HTTP answer themselves; apart: every version has processes of "
+        "its own, and one front asks them; auto: inside where one name is served.",
+    )
     tail: tuple[str, ...] = Field(
         default=(), description="Students that share processes, which open them on demand; * stands for all."
     )

@@ -61,13 +61,19 @@ class Registry:
             return Counter(own.classify(png(1)).version for _ in range(count))
 
 
-@pytest.fixture(scope="module")
-def registry(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+@pytest.fixture(scope="module", params=["inside", "apart"])
+def registry(
+    request: pytest.FixtureRequest, ray_cluster: object, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("registry")
     catalog = Catalog(str(folder / "registry"))
     versions = [catalog.add(write_student(folder / str(seed), "pets", seed)).version for seed in range(2)]
     settings = ServingSettings(
-        token_digests=(auth.digest(TOKEN),), grpc_port=free_port(), reload_s=0.3, batch_wait_s=0.01
+        token_digests=(auth.digest(TOKEN),),
+        grpc_port=free_port(),
+        reload_s=0.3,
+        batch_wait_s=0.01,
+        placement=request.param,
     )
     url = app.deploy([catalog.uri], settings, port=free_port())
     assert settings.grpc_port is not None
@@ -151,7 +157,8 @@ def test_versions_come_share_and_go_and_no_request_fails(registry: Registry) -> 
         registry.catalog.promote("pets")
         registry.follow_until(lambda: registry.answers(10) == Counter({second: 10}))
         # The old version's process goes once no request can reach it.
-        registry.follow_until(lambda: len(serve.status().applications) == 2)
+        apart = registry.settings.placement == "apart"
+        registry.follow_until(lambda: len(serve.status().applications) == 1 + apart)
         registry.catalog.rollback("pets")
         registry.follow_until(lambda: registry.answers(10) == Counter({first: 10}))
     finally:
@@ -160,8 +167,8 @@ def test_versions_come_share_and_go_and_no_request_fails(registry: Registry) -> 
             thread.join()
     assert failures == []
     assert min(seen[first], seen[second]) > 20
-    assert any("is ready" in told for told in registry.told)
-    assert any("has stopped" in told for told in registry.told)
+    assert any("is ready" in told for told in registry.told) == apart
+    assert any("has stopped" in told for told in registry.told) == apart
 
 
 def test_a_registry_that_breaks_changes_nothing(registry: Registry) -> None:
@@ -181,7 +188,8 @@ def test_the_config_file_is_one_that_serve_takes(registry: Registry) -> None:
     text = deployment_file.text([registry.catalog.uri], registry.settings, host="0.0.0.0", port=8000)
     assert TOKEN not in text
     schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
-    assert [each.route_prefix for each in schema.applications] == [None, "/"]
+    apart = registry.settings.placement == "apart"
+    assert [each.route_prefix for each in schema.applications] == [*([None] if apart else []), "/"]
     for each in schema.applications:
         module, _, function = each.import_path.partition(":")
         assert module == "serving.app"

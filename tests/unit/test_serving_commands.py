@@ -140,10 +140,7 @@ def test_a_config_file_starts_nothing(call: Call, served: SimpleNamespace, tmp_p
     assert call("serve", uri, "--config-out", str(file), "--host", "0.0.0.0")[0] == 0
     document = yaml.safe_load(file.read_text())
     assert document["http_options"] == {"host": "0.0.0.0", "port": 8000}
-    assert [each["import_path"] for each in document["applications"]] == [
-        "serving.app:student_from_args",
-        "serving.app:front_from_args",
-    ]
+    assert [each["import_path"] for each in document["applications"]] == ["serving.app:front_from_args"]
     assert auth.own_token() not in file.read_text()
     assert not hasattr(served, "uris")
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import socket
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from ray import serve
 from ray.serve.schema import (
@@ -22,11 +17,10 @@ from ray.serve.schema import (
 )
 
 from pu_ray.errors import ClusterError, ConfigError, DataError
-from serving import app, auth, replica
-from serving.predictor import Floats, Predictions, Predictor
-from serving.registry import Student
+from serving import app, auth
+from serving.plan import plan
 from serving.settings import ServingSettings
-from tests.unit.serving.students import onnx_network, png, write_student
+from tests.unit.serving.students import onnx_network, write_student
 
 SETTINGS = ServingSettings(max_batch_images=8, batch_wait_s=0.2, authentication="off")
 
@@ -77,45 +71,26 @@ def test_a_network_that_does_not_fit_stops_before_serve_starts(tmp_path: Path) -
         app.deploy([uri], SETTINGS)
 
 
-def test_a_student_that_changed_since_is_refused(student: Student) -> None:
-    planned = dataclasses.replace(student, version="another")
-    with pytest.raises(DataError, match="changed since the server was started") as refusal:
-        replica.StudentReplica(planned, SETTINGS)
-    assert refusal.value.allowed == "version another"
-
-
-def test_requests_share_batches_and_get_their_own_rows(
-    student: Student, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("names", "tail", "placement"),
+    [
+        (["pets"], (), "inside"),
+        (["pets", "shoes"], (), "apart"),
+        (["pets", "shoes"], ("shoes",), "inside"),
+        (["pets"], ("*",), "apart"),
+    ],
+)
+def test_one_name_is_answered_where_http_arrives(
+    tmp_path: Path, names: list[str], tail: tuple[str, ...], placement: str
 ) -> None:
-    batches: list[list[int]] = []
-    together = replica._forward_together
-
-    def counting(network: Predictor, pieces: Sequence[Floats]) -> list[Floats]:
-        batches.append([len(piece) for piece in pieces])
-        return together(network, pieces)
-
-    monkeypatch.setattr(replica, "_forward_together", counting)
-    # Serve's batching asks its replica for one number, even in Serve's own mode for local tests.
-    deployment = SimpleNamespace(max_ongoing_requests=replica.ongoing(SETTINGS))
-    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(_deployment_config=deployment))
-    requests = [[png(0)], [png(1), b"bad", png(2)], [png(seed) for seed in range(3, 14)], [b"bad"], [png(20)]]
-
-    async def asking() -> list[Predictions]:
-        one = replica.StudentReplica(student, SETTINGS)
-        return await asyncio.gather(*map(one.predict, requests))
-
-    for images, answer in zip(requests, asyncio.run(asking()), strict=True):
-        expected = predictor.predict(images)
-        np.testing.assert_allclose(answer.logits_NK, expected.logits_NK, rtol=1e-5, atol=1e-5)
-        assert {position: error.code for position, error in answer.failures.items()} == {
-            position: error.code for position, error in expected.failures.items()
-        }
-    assert max(map(sum, batches)) <= SETTINGS.max_batch_images
-    assert sum(map(sum, batches)) == 15
-    assert any(len(pieces) > 1 for pieces in batches)
+    served = plan([write_student(tmp_path / name, name) for name in names])
+    settings = SETTINGS.model_copy(update={"tail": tail})
+    assert app.placed(served, settings).placement == placement
+    for chosen in ("inside", "apart"):
+        assert app.placed(served, settings.model_copy(update={"placement": chosen})).placement == chosen
 
 
-def test_ctrl_c_stops_serve_and_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_serve_and_passes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(app, "deploy", lambda *_given, **_named: "http://127.0.0.1:1")
     monkeypatch.setattr(serve, "shutdown", lambda: calls.append("stopped"))
@@ -125,7 +100,7 @@ def test_ctrl_c_stops_serve_and_passes_on(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        app.run_until_interrupted(["unread"], SETTINGS, on_ready=interrupted)
+        app.run_until_interrupted([write_student(tmp_path)], SETTINGS, on_ready=interrupted)
     assert calls == ["http://127.0.0.1:1", "stopped"]
 
 

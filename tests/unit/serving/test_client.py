@@ -193,7 +193,7 @@ def test_not_a_url(url: str) -> None:
 # -- patience -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [503, 429, 0])
+@pytest.mark.parametrize("status", [503, 429, 0, 500, 502])  # the last two without a word of ours: a proxy's
 def test_a_busy_server_and_a_lost_connection_are_tried_again(stub: Stub, status: int) -> None:
     stub.answer, stub.failures, stub.failure_status = b'{"models": []}', 3, status
     with client.Client(stub.url) as each:

@@ -48,6 +48,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     Recorder.made = {}
     for kind in ("Counter", "Gauge", "Histogram"):
         monkeypatch.setattr(metrics.metrics, kind, Recorder)
+    metrics._stages.cache_clear()
     return Recorder.made
 
 
@@ -95,7 +96,7 @@ def test_shadows_are_compared(student: Student, recorded: dict[str, Recorder]) -
 
 def test_the_dashboard_draws_what_is_measured(student: Student, recorded: dict[str, Recorder]) -> None:
     metrics.FrontMeter()
-    metrics.ReplicaMeter(student)
+    metrics.StudentMeter(student)
     dashboard = json.loads(DASHBOARD.read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     asked = {
