@@ -59,19 +59,21 @@ class OnnxEngine:
 
 
 class TorchEngine:
-    """A torch module on a GPU (bfloat16, channels_last) or, as the reference, on a CPU (float32).
+    """A torch module on a GPU (bfloat16 unless told otherwise, channels_last) or on a CPU (float32).
 
     Args:
         module: Returns a tensor or a tuple of tensors.
         device: `cuda` or `cpu`.
         compiled: Whether to run the module through torch.compile, for a batch axis of any length.
+        half: Whether a GPU computes in bfloat16.
     """
 
-    def __init__(self, module: torch.nn.Module, device: str, compiled: bool = False) -> None:
+    def __init__(self, module: torch.nn.Module, device: str, compiled: bool = False, half: bool = True) -> None:
         import torch
 
         self._torch = torch
         self._device = torch.device(device)
+        self._half = half and self._device.type == "cuda"
         self._module = module.eval().to(self._device)
         if self._device.type == "cuda":
             self._module = self._module.to(memory_format=torch.channels_last)
@@ -93,7 +95,7 @@ class TorchEngine:
         with (
             self._lock,
             torch.inference_mode(),
-            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"),
+            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half),
         ):
             outputs = self._call(tensor)
         return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)

@@ -360,6 +360,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         facts={
             "name": config.name,
             "architecture": config.student.architecture,
+            "options": config.student.options,
             "sha256": {name: sha256_of(content) for name, content in contents.items()},
             "parity": checks,
             "formats": formats,

@@ -353,13 +353,7 @@ def load_weights(module: nn.Module, uri: str) -> None:
     folder, name = Storage(uri).split()
     content = folder.read_bytes(name)
     if name.endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            state = load(content)
-        except SafetensorError as error:
-            raise DataError("not a safetensors file", where=uri, got=str(error)) from error
+        load_safetensors(module, content, uri)
     else:
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -373,6 +367,31 @@ def load_weights(module: nn.Module, uri: str) -> None:
             ) from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise DataError("not a plain state dict", where=uri, allowed="a mapping of names to tensors")
+        _load_state(module, state, uri)
+
+
+def load_safetensors(module: nn.Module, content: bytes, where: str) -> None:
+    """Load the bytes of a safetensors file.
+
+    Args:
+        module: Whose weights they are.
+        content: The file.
+        where: Its name, for messages.
+
+    Raises:
+        DataError: Not such a file, or not this network's weights.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        state = load(content)
+    except SafetensorError as error:
+        raise DataError("not a safetensors file", where=where, got=str(error)) from error
+    _load_state(module, state, where)
+
+
+def _load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     own = module.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
@@ -384,7 +403,7 @@ def load_weights(module: nn.Module, uri: str) -> None:
     if problems:
         raise DataError(
             "the weights do not belong to this network",
-            where=uri,
+            where=where,
             got="; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""),
             hint="check architecture, its options, the class list and preprocessing.channels",
         )

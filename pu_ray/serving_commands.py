@@ -51,12 +51,21 @@ def serve(
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask nobody for a token.")] = False,
     engine: Annotated[
-        str, typer.Option(help="auto (the fastest, as the export measured), onnx or onnx-int8.")
+        str, typer.Option(help="auto (the fastest, as the export measured), onnx, onnx-int8 or torch.")
     ] = "auto",
     replicas: Annotated[int, typer.Option(help="Processes per student.")] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(help="Let each student scale up to so many processes, by requests under way.")
     ] = None,
+    placement: Annotated[
+        str,
+        typer.Option(help="inside (processes that speak HTTP answer), apart (each version has its own), or auto."),
+    ] = "auto",
+    gpus: Annotated[float, typer.Option(help="GPUs per process, or a share of one.")] = 0.0,
+    haproxy: Annotated[
+        bool,
+        typer.Option("--haproxy", help="HAProxy in the place of Ray's Python proxy; listens on every interface."),
+    ] = False,
     tail: Annotated[
         list[str] | None,
         typer.Option(help="Students that share a process, opened on demand, none while nobody asks; * for all."),
@@ -70,6 +79,14 @@ def serve(
     """Serve exported students on Ray Serve until Ctrl-C."""
     State.verbose = verbose
     State.resume_hint = "the server has stopped"
+    if haproxy:
+        if address is not None:
+            raise ConfigError(
+                "a running cluster has chosen its proxy",
+                where="--haproxy",
+                hint="set RAY_SERVE_ENABLE_HA_PROXY=1 on every node before Ray starts there",
+            )
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # Ray reads it when it is first imported
     from cluster.session import ray_session
     from serving import app as server
     from serving import auth, deployment_file
@@ -77,6 +94,7 @@ def serve(
 
     changes: dict[str, Any] = {"engine": engine, "grpc_port": grpc_port, "replicas": replicas}
     changes |= {"max_replicas": max_replicas or replicas, "tail": tuple(tail or ())}
+    changes |= {"placement": placement, "gpus_per_replica": gpus}
     if no_auth:
         changes["authentication"] = "off"
     elif tokens is not None:

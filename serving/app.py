@@ -110,7 +110,7 @@ def front_from_args(arguments: FrontArguments) -> serve.Application:
     Raises:
         PuRayError: See `plan`.
     """
-    served = plan(arguments.students, arguments.settings.engine)
+    served = plan(arguments.students, arguments.settings.wanted_engine)
     return front_application(served, placed(served, arguments.settings))
 
 
@@ -121,7 +121,7 @@ def student_from_args(arguments: StudentArguments) -> serve.Application:
         PuRayError: It cannot be served.
     """
     return replica.application(
-        _tried(registry.load(arguments.student, arguments.settings.engine).student, arguments.settings),
+        _tried(registry.load(arguments.student, arguments.settings.wanted_engine).student, arguments.settings),
         arguments.settings,
     )
 
@@ -158,7 +158,7 @@ def deploy(uris: Sequence[str], settings: ServingSettings, *, host: str = "127.0
         ClusterError: Serve runs already, the port is taken, or the students did not get ready.
     """
     _check_address(host, port, settings)
-    served = plan(uris, settings.engine)
+    served = plan(uris, settings.wanted_engine)
     settings = placed(served, settings)
     for student in served.students:
         _tried(student, settings)
@@ -227,7 +227,7 @@ def run_until_interrupted(
         KeyboardInterrupt: The way this ends.
         PuRayError: See `deploy`.
     """
-    served = plan(uris, settings.engine)
+    served = plan(uris, settings.wanted_engine)
     settings = placed(served, settings)
     url = deploy(uris, settings, host=host, port=port)
     try:

@@ -25,7 +25,7 @@ def text(uris: Sequence[str], settings: ServingSettings, *, host: str, port: int
     Raises:
         PuRayError: See `plan`.
     """
-    served = plan(uris, settings.engine)
+    served = plan(uris, settings.wanted_engine)
     settings = placed(served, settings)
     common = settings.model_dump(mode="json", exclude_defaults=True)
     named = [served.registry_uri] if served.registry_uri else [student.uri for student in served.students]

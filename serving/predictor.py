@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pu_ray.engine import OnnxEngine
-from pu_ray.errors import DataError
+from pu_ray.engine import Engine, OnnxEngine
+from pu_ray.errors import DataError, PuRayError
 from pu_ray.images import ImageError, Limits, Pixels, decode, normalise
 from serving.registry import ENGINES, LoadedStudent
 
@@ -86,6 +86,14 @@ class Prepared:
         return Predictions(logits_NK, self.failures)
 
 
+def _engine_of(loaded: LoadedStudent, threads: int) -> Engine:
+    if loaded.student.engine != "torch":
+        return OnnxEngine(loaded.model, threads)
+    from serving import torch_network  # its import costs seconds and hundreds of megabytes
+
+    return torch_network.opened(loaded, threads)
+
+
 class Predictor:
     """One student, ready to answer.
 
@@ -103,7 +111,9 @@ class Predictor:
         self._where = f"{loaded.student.uri}/{ENGINES[loaded.student.engine]}"
         self._limits = limits
         try:
-            self._engine = OnnxEngine(loaded.model, threads)
+            self._engine = _engine_of(loaded, threads)
+        except PuRayError:
+            raise
         except Exception as error:  # ONNX Runtime raises a private class per kind of damage
             raise DataError(
                 "the network cannot be loaded", where=self._where, got=str(error), hint="export again"

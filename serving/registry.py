@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from pu_ray import manifest
-from pu_ray.config import PreprocessingConfig
+from pu_ray.config import NetworkConfig, PreprocessingConfig
 from pu_ray.errors import DataError, GateError
 from pu_ray.storage import Storage, sha256_of
 
 # Files that can be served, by the names of export.formats.
-ENGINES = {"onnx": "model.onnx", "onnx-int8": "model.int8.onnx"}
+ENGINES = {"onnx": "model.onnx", "onnx-int8": "model.int8.onnx", "torch": "model.safetensors"}
+_BY_SPEED = ("onnx", "onnx-int8")  # which an export has timed, on a CPU
 LABELS = "labels.txt"
 PREPROCESSING = "preprocess.json"
 
@@ -54,11 +55,13 @@ class LoadedStudent:
 
     Attributes:
         student: What there is to know about it.
-        model: The ONNX graph: `pixels` float32 [N, C, H, W] to `logits` float32 [N, K].
+        model: The ONNX graph, `pixels` float32 [N, C, H, W] to `logits` float32 [N, K]; weights for the engine `torch`.
+        network: What the weights belong to; None: the export does not say.
     """
 
     student: Student
     model: bytes
+    network: NetworkConfig | None = None
 
 
 def load(uri: str, engine: str = "auto") -> LoadedStudent:
@@ -112,24 +115,32 @@ def load(uri: str, engine: str = "auto") -> LoadedStudent:
         engine=chosen,
         confidence_deciles=tuple(published.facts.get("confidence_deciles", ())),
     )
-    return LoadedStudent(student, contents[ENGINES[chosen]])
+    return LoadedStudent(student, contents[ENGINES[chosen]], _network(published))
 
 
 def _engine(published: manifest.Manifest, wanted: str, where: str) -> str:
     there = [name for name, file in ENGINES.items() if file in published.files]
-    if not there or wanted not in ("auto", *there):
+    timed = [name for name in there if name in _BY_SPEED]
+    if not (timed if wanted == "auto" else wanted in there):
         raise DataError(
-            "this export holds no ONNX network, the format that is served" if not there else "no such engine",
+            "this export holds no ONNX network, the format that is served" if wanted == "auto" else "no such engine",
             where=where,
-            allowed=", ".join(("auto", *there)) if there else None,
-            got=", ".join(sorted(published.files)) if not there else wanted,
-            hint="add `onnx` to export.formats and export again" if not there else "add it to export.formats",
+            allowed=", ".join((*(["auto"] if timed else []), *there)),
+            got=", ".join(sorted(published.files)) if wanted == "auto" else wanted,
+            hint=f"add `{'onnx' if wanted == 'auto' else wanted}` to export.formats and export again",
         )
     if wanted != "auto":
         return wanted
     formats = published.facts.get("formats", {})
-    # In the order of ENGINES where nothing was measured.
-    return min(there, key=lambda name: formats.get(name, {}).get("cpu_latency_ms", float("inf")))
+    # In this order where nothing was measured.
+    return min(timed, key=lambda name: formats.get(name, {}).get("cpu_latency_ms", float("inf")))
+
+
+def _network(published: manifest.Manifest) -> NetworkConfig | None:
+    try:
+        return NetworkConfig(architecture=published.facts["architecture"], options=published.facts.get("options") or {})
+    except (KeyError, ValidationError):
+        return None  # only the engine `torch` asks, and says so
 
 
 def _checked_files(storage: Storage, published: manifest.Manifest, model: str) -> dict[str, bytes]:

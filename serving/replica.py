@@ -72,7 +72,7 @@ class TailReplica:
         return await asyncio.get_running_loop().run_in_executor(self._running, predictor.predict, images)
 
     def _open(self, uri: str) -> Predictor:
-        return warm(registry.load(uri, self._settings.engine), self._settings)
+        return warm(registry.load(uri, self._settings.wanted_engine), self._settings)
 
 
 def ongoing(settings: ServingSettings) -> int:
@@ -128,7 +128,11 @@ def actor_options(settings: ServingSettings) -> dict[str, Any]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(settings.cpus_per_replica),
     }
-    return {"num_cpus": settings.cpus_per_replica, "runtime_env": {"env_vars": environment}}
+    return {
+        "num_cpus": settings.cpus_per_replica,
+        "num_gpus": settings.gpus_per_replica,
+        "runtime_env": {"env_vars": environment},
+    }
 
 
 def scaling(settings: ServingSettings) -> dict[str, Any]:

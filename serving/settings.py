@@ -18,8 +18,11 @@ class ServingSettings(BaseModel):
     max_replicas: int = Field(
         default=1, ge=1, description="Most processes per student; more than `replicas`: they scale."
     )
+    gpus_per_replica: float = Field(
+        default=0.0, ge=0, description="GPUs of each, or a share of one; with any, `auto` is the torch engine."
+    )
     cpus_per_replica: int = Field(default=1, ge=1, description="Cores, and so decoding and network threads, of each.")
-    engine: Literal["auto", "onnx", "onnx-int8"] = Field(
+    engine: Literal["auto", "onnx", "onnx-int8", "torch"] = Field(
         default="auto", description="Which exported network answers; auto: the fastest, as its export measured them."
     )
     placement: Literal["auto", "inside", "apart"] = Field(
@@ -61,6 +64,11 @@ class ServingSettings(BaseModel):
     grpc_port: int | None = Field(
         default=None, ge=1, le=65535, description="Port for gRPC, which Ray Serve opens on every interface."
     )
+
+    @property
+    def wanted_engine(self) -> str:
+        """The engine for `registry.load`."""
+        return "torch" if self.engine == "auto" and self.gpus_per_replica else self.engine
 
     def in_tail(self, name: str) -> bool:
         """Whether the student of this name shares processes with others."""

@@ -132,4 +132,4 @@ def test_the_fastest_engine_answers_unless_one_is_named(
 def test_an_engine_that_was_not_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such engine") as refusal:
         registry.load(write_student(tmp_path), "onnx-int8")
-    assert refusal.value.allowed == "auto, onnx"
+    assert refusal.value.allowed == "auto, onnx, torch"
