@@ -43,6 +43,7 @@ _log = logging.getLogger("ray.serve.pu_ray")
 REQUEST_ID = "X-Request-ID"
 
 _DEFAULT_TOP_K = 5
+_CLASSIFY_QUERY = ("model", "version", "top_k")
 _IMAGE_STATUS = {"too_large": 413, "not_an_image": 415, "unsupported": 415}
 _OPEN = {"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
 _PAGES = {"page.css": "text/css", "page.js": "text/javascript"}
@@ -220,6 +221,7 @@ class _Gateway:
 
     async def classify(self, request: Request) -> Response:
         with self._desk.admitted():
+            _check_query(request)
             served = self._chosen(request)
             count = _top_k(request)
             image = await uploads.image_in(request.headers, await self._body_of(request))
@@ -260,6 +262,13 @@ def _tell(request: Request, served: Served, images: int, failed: int) -> None:
         "images": images,
         "failed": failed,
     }
+
+
+def _check_query(request: Request) -> None:
+    # A mistyped name would choose a default in silence.
+    for name in request.query_params:
+        if name not in _CLASSIFY_QUERY:
+            raise ProtocolError(400, f"no such parameter: {name[:40]!r}; there are: {', '.join(_CLASSIFY_QUERY)}")
 
 
 def _top_k(request: Request) -> int:

@@ -148,6 +148,7 @@ def test_classify_with_several_students(app_of_two: ASGIApp) -> None:
         ("POST", "/v2/models/pets/versions/2/infer", 404, "'pets' has no such version; it has: "),
         ("POST", "/v2/models/pets/infer", 400, "not valid UTF-8 JSON"),
         ("POST", "/v1/classify", 415, "Content-Type of image/..."),
+        ("POST", "/v1/classify?topk=3", 400, "no such parameter: 'topk'; there are: model, version, top_k"),
         ("POST", "/v1/classify?top_k=0", 400, "top_k must be"),
         ("POST", "/v1/classify?top_k=-1", 400, "top_k must be"),
         ("POST", "/v1/classify?top_k=", 400, "top_k must be"),
