@@ -11,9 +11,10 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import ray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
@@ -36,6 +37,8 @@ _POLL_S = 0.2
 _OPEN_TO_ALL = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
 STUBS = "serving.inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
 
+
+_Arguments = TypeVar("_Arguments", bound=BaseModel)
 
 # -- applications ------------------------------------------------------------------------------------------
 
@@ -104,31 +107,55 @@ class StudentArguments(BaseModel):
     settings: ServingSettings
 
 
-def front_from_args(arguments: FrontArguments) -> serve.Application:
+def front_from_args(args: dict[str, Any]) -> serve.Application:
     """The front for Ray Serve's declarative way: `serve deploy`, and RayService on Kubernetes.
+
+    Args:
+        args: See `FrontArguments`.
 
     Raises:
         PuRayError: See `plan`.
     """
+    arguments = _checked(FrontArguments, args)
     served = plan(arguments.students, arguments.settings.wanted_engine)
     return front_application(served, placed(served, arguments.settings))
 
 
-def student_from_args(arguments: StudentArguments) -> serve.Application:
+def student_from_args(args: dict[str, Any]) -> serve.Application:
     """One version of a student for Ray Serve's declarative way.
+
+    Args:
+        args: See `StudentArguments`.
 
     Raises:
         PuRayError: It cannot be served.
     """
+    arguments = _checked(StudentArguments, args)
     return replica.application(
         _tried(registry.load(arguments.student, arguments.settings.wanted_engine).student, arguments.settings),
         arguments.settings,
     )
 
 
-def tail_from_args(arguments: TailArguments) -> serve.Application:
-    """What the tail shares, for Ray Serve's declarative way."""
-    return replica.tail_application(arguments.settings)
+def tail_from_args(args: dict[str, Any]) -> serve.Application:
+    """What the tail shares, for Ray Serve's declarative way.
+
+    Args:
+        args: See `TailArguments`.
+
+    Raises:
+        ConfigError: They are others.
+    """
+    return replica.tail_application(_checked(TailArguments, args).settings)
+
+
+def _checked(kind: type[_Arguments], args: dict[str, Any]) -> _Arguments:
+    # Serve would do it by the builder's annotation, but not where annotations are strings, as they are here.
+    try:
+        return kind.model_validate(args)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise ConfigError(str(problem["msg"]), where=".".join(("args", *map(str, problem["loc"])))) from error
 
 
 def _tried(student: Student, settings: ServingSettings) -> Student:
