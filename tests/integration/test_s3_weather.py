@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pu_ray import lease
 from pu_ray import storage as storage_module
@@ -31,31 +29,14 @@ SILENCE_S = 60
 AT_ONCE_S = 20  # far from any wait of ours, and from a busy machine's pauses
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def weather(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultProxy]]:
+def weather(s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultProxy]]:
     """Makes a proxy in front of a server with an empty bucket, and points the environment to it."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in {**settings, "AWS_EC2_METADATA_DISABLED": "true"}.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("PU_RAY_S3_TIMEOUT_S", str(PATIENCE_S))
-    httpx.post(f"{server}/moto-api/reset").raise_for_status()
-    httpx.put(f"{server}/bucket").raise_for_status()
     started: list[FaultProxy] = []
 
     def start(**options: object) -> FaultProxy:
-        proxy = FaultProxy(server, stall_s=SILENCE_S, **options)  # type: ignore[arg-type]
+        proxy = FaultProxy(s3_server, stall_s=SILENCE_S, **options)  # type: ignore[arg-type]
         started.append(proxy.__enter__())
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         return proxy
@@ -253,11 +234,11 @@ def test_a_refusal_fails_at_once_and_names_the_uri(weather, operation: str, faul
 
 
 @pytest.mark.parametrize("operation", ["read", "table", "list", "write", "write_if"])
-def test_a_bucket_that_vanished_fails_at_once_and_names_the_uri(weather, server: str, operation: str) -> None:
+def test_a_bucket_that_vanished_fails_at_once_and_names_the_uri(weather, s3_server: str, operation: str) -> None:
     weather()
     STORAGE.write_bytes("x", b"1")
     STORAGE.delete("x")
-    httpx.delete(f"{server}/bucket").raise_for_status()
+    httpx.delete(f"{s3_server}/bucket").raise_for_status()
     started = time.monotonic()
     with pytest.raises(DataError, match=r"there is no such (bucket|file)") as caught:
         OPERATIONS[operation](STORAGE)

@@ -6,7 +6,6 @@ import io
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,7 +18,6 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
-from moto.server import ThreadedMotoServer
 
 from pu_ray import images, lake, schema
 from pu_ray.config import LakeConfig, PreprocessingConfig
@@ -911,30 +909,6 @@ def test_the_key_of_a_shard_is_safe_as_a_file_name_and_its_own():
 # -- on S3 -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server, monkeypatch) -> str:
-    """The URI of an empty bucket on a server of our own."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    httpx.post(f"{s3_server}/moto-api/reset").raise_for_status()
-    httpx.put(f"{s3_server}/bucket").raise_for_status()
-    return "s3://bucket"
-
-
 def upload(folder: Path, uri: str) -> None:
     storage = Storage(uri)
     for path in sorted(folder.rglob("*.*")):
@@ -943,36 +917,36 @@ def upload(folder: Path, uri: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "huggingface", "tar", "folder"])
-def test_a_lake_on_s3_is_read_as_on_disk_and_so_is_one_file_of_it(tmp_path, s3, kind):
+def test_a_lake_on_s3_is_read_as_on_disk_and_so_is_one_file_of_it(tmp_path, s3_bucket, kind):
     WRITERS[kind](tmp_path, CONTENTS)
-    upload(tmp_path, f"{s3}/lake")
-    config = LakeConfig(uri=f"{s3}/lake")
+    upload(tmp_path, f"{s3_bucket}/lake")
+    config = LakeConfig(uri=f"{s3_bucket}/lake")
     assert sorted(read_all(config)[schema.SAMPLE_ID].to_pylist()) == sorted(IDS)
     shard = lake.list_shards(config)[0]
-    alone = LakeConfig(uri=f"{s3}/lake/{shard.path}")
+    alone = LakeConfig(uri=f"{s3_bucket}/lake/{shard.path}")
     expected = 1 if kind == "folder" else len(CONTENTS)
     assert read_all(alone).num_rows == expected
     (one,) = lake.list_shards(alone)
-    Storage(f"{s3}/lake").write_bytes(shard.path, b"other")
+    Storage(f"{s3_bucket}/lake").write_bytes(shard.path, b"other")
     assert lake.list_shards(alone)[0].fingerprint != one.fingerprint
 
 
-def test_uris_lead_from_one_bucket_to_another_and_back_to_the_root(tmp_path, s3, s3_server):
+def test_uris_lead_from_one_bucket_to_another_and_back_to_the_root(tmp_path, s3_bucket, s3_server):
     httpx.put(f"{s3_server}/other").raise_for_status()
     Storage("s3://other/deep").write_bytes("a b#?.png", CONTENTS[0])
-    Storage(f"{s3}/lake").write_bytes("images/1.png", CONTENTS[1])
+    Storage(f"{s3_bucket}/lake").write_bytes("images/1.png", CONTENTS[1])
     lines = "s3://other/deep/a b#?.png\nimages/1.png\ns3://other/gone.png\ns3://nobucket/x.png\n"
-    Storage(f"{s3}/lake").write_bytes("lists/all.uris", lines.encode())
-    table = read_all(LakeConfig(uri=f"{s3}/lake", format="uris"))
+    Storage(f"{s3_bucket}/lake").write_bytes("lists/all.uris", lines.encode())
+    table = read_all(LakeConfig(uri=f"{s3_bucket}/lake", format="uris"))
     assert table[schema.SAMPLE_ID].to_pylist() == [*IDS[:2], None, None]
     assert table[schema.NAME].to_pylist() == lines.splitlines()
 
 
-def test_a_shard_gone_from_s3_is_a_row_and_a_bucket_gone_stops_the_run(tmp_path, s3, s3_server):
+def test_a_shard_gone_from_s3_is_a_row_and_a_bucket_gone_stops_the_run(tmp_path, s3_bucket, s3_server):
     write_parquet(tmp_path, CONTENTS[:4], "a.parquet")
     write_tar(tmp_path, CONTENTS[:2], "b.tar")
-    upload(tmp_path, f"{s3}/lake")
-    config = LakeConfig(uri=f"{s3}/lake")
+    upload(tmp_path, f"{s3_bucket}/lake")
+    config = LakeConfig(uri=f"{s3_bucket}/lake")
     shards = lake.list_shards(config)
     Storage(config.uri).delete("a.parquet")
     gone, there = lake.plan_chunks(config, shards, 5)

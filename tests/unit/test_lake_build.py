@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from artifacts import png
-from moto.server import ThreadedMotoServer
 
 from pu_ray import cli, images, lake, lake_build, schema
 from pu_ray.config import LakeConfig
@@ -397,38 +393,20 @@ def test_a_source_without_images_leaves_no_mark_on_the_destination(tmp_path):
 # -- on S3 -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def s3(monkeypatch) -> Iterator[str]:
-    """The URI of an empty bucket on a server of our own."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    httpx.put(f"http://{host}:{port}/bucket").raise_for_status()
-    yield "s3://bucket"
-    server.stop()
-
-
-def test_a_lake_is_built_on_s3_from_s3_and_again_without_work(tmp_path, s3, monkeypatch):
+def test_a_lake_is_built_on_s3_from_s3_and_again_without_work(tmp_path, s3_bucket, monkeypatch):
     write_source(tmp_path / "local")
     for path in (tmp_path / "local").rglob("*.*"):
-        Storage(f"{s3}/source").write_bytes(str(path.relative_to(tmp_path / "local")), path.read_bytes())
-    built = build(f"{s3}/source", f"{s3}/built")
-    before, after = read(f"{s3}/source"), read(f"{s3}/built")
+        Storage(f"{s3_bucket}/source").write_bytes(str(path.relative_to(tmp_path / "local")), path.read_bytes())
+    built = build(f"{s3_bucket}/source", f"{s3_bucket}/built")
+    before, after = read(f"{s3_bucket}/source"), read(f"{s3_bucket}/built")
     assert Counter(after[schema.SAMPLE_ID].to_pylist()) == Counter(before[schema.SAMPLE_ID].to_pylist())
-    listed = [file.path for file in Storage(f"{s3}/built").list_files()]
+    listed = [file.path for file in Storage(f"{s3_bucket}/built").list_files()]
     assert len(listed) == built.files
     assert all(name.startswith("part-") for name in listed)
     monkeypatch.setattr(lake, "read_chunk", lambda *_: pytest.fail("read"))
-    assert build(f"{s3}/source", f"{s3}/built").files_kept == built.files
+    assert build(f"{s3_bucket}/source", f"{s3_bucket}/built").files_kept == built.files
     with pytest.raises(DataError, match="inside the source"):
-        build(f"{s3}/source", f"{s3}/source/built")
+        build(f"{s3_bucket}/source", f"{s3_bucket}/source/built")
 
 
 # -- the command -------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import logging
 import os
 import pickle
 import signal
@@ -18,19 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pu_ray import lease
 from pu_ray import storage as storage_module
 from pu_ray.errors import ClusterError, DataError
 from pu_ray.lease import FILE_NAME, Owner
 from pu_ray.storage import Storage
+from tests.conftest import S3_SECRET as SECRET
 from tests.fault_proxy import FaultProxy
 
 ROOT = Path(__file__).parents[2]
-SECRET = "wJalr-topsecret-key"
+
 QUICK = {"period_s": 0.2, "settle_s": 0.1}
 HOLDER = """
 import sys, time
@@ -47,39 +45,16 @@ def local(tmp_path) -> Storage:
     return Storage(str(tmp_path / "run"))
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-def use_s3(monkeypatch, endpoint: str) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-
 @pytest.fixture
-def s3(s3_server, monkeypatch) -> Storage:
-    use_s3(monkeypatch, s3_server)
-    httpx.post(f"{s3_server}/moto-api/reset").raise_for_status()
-    httpx.put(f"{s3_server}/bucket").raise_for_status()
-    return Storage("s3://bucket/run")
+def s3(s3_bucket) -> Storage:
+    return Storage(f"{s3_bucket}/run")
 
 
 @pytest.fixture
 def old_s3(s3, s3_server, monkeypatch) -> Iterator[Storage]:
     """A store that never heard of conditional writes."""
     with FaultProxy(s3_server, ignores_conditions=True) as proxy:
-        use_s3(monkeypatch, proxy.url)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield s3
 
 

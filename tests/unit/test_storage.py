@@ -19,14 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pu_ray import storage as storage_module
 from pu_ray.errors import ConfigError, DataError
 from pu_ray.storage import Storage
+from tests.conftest import S3_SECRET as SECRET
 
 ROOT = Path(__file__).parents[2]
-SECRET = "wJalr-topsecret-key"
 
 
 @pytest.fixture
@@ -34,28 +33,10 @@ def local(tmp_path) -> Storage:
     return Storage(str(tmp_path / "folder"))
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def s3(s3_server, monkeypatch) -> Storage:
+def s3(s3_bucket) -> Storage:
     """An empty folder of a bucket on a server of our own; credentials only in the environment."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    httpx.post(f"{s3_server}/moto-api/reset").raise_for_status()
-    httpx.put(f"{s3_server}/bucket").raise_for_status()
-    return Storage("s3://bucket/run")
+    return Storage(f"{s3_bucket}/run")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pu_ray.errors import ConfigError, DataError, GateError, PuRayError
+from pu_ray.storage import Storage
 from serving import registry
 from serving.catalog import Catalog
 from serving.routing import Route
@@ -20,9 +21,11 @@ def exported(tmp_path: Path) -> list[str]:
     return [write_student(tmp_path / f"pets-{seed}", "pets", seed) for seed in range(3)]
 
 
-@pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(str(tmp_path / "registry"))
+@pytest.fixture(params=["local", "s3"])
+def catalog(request: pytest.FixtureRequest, tmp_path: Path) -> Catalog:
+    if request.param == "local":
+        return Catalog(str(tmp_path / "registry"))
+    return Catalog(f"{request.getfixturevalue('s3_bucket')}/registry")
 
 
 def route_of(catalog: Catalog) -> Route:
@@ -55,8 +58,7 @@ def test_adding_again_changes_nothing(catalog: Catalog, exported: list[str]) -> 
 def test_a_version_that_was_cut_off_does_not_count(catalog: Catalog, exported: list[str]) -> None:
     catalog.add(exported[0])
     second = catalog.add(exported[1])
-    folder = Path(catalog.uri) / "pets" / "versions" / second.version
-    (folder / "manifest.json").unlink()
+    Storage(f"{catalog.uri}/pets/versions/{second.version}").delete("manifest.json")
     assert second.version not in catalog.entry("pets").uris
     catalog.add(exported[1])
     assert second.version in catalog.entry("pets").uris
@@ -159,7 +161,7 @@ def test_wrong_changes_are_refused_and_change_nothing(
 @pytest.mark.parametrize("content", ["{", "[]", '{"route": {"stable": "absent"}}', '{"route": {"stabl": "a"}}'])
 def test_a_broken_route_is_named(catalog: Catalog, exported: list[str], content: str) -> None:
     catalog.add(exported[0])
-    (Path(catalog.uri) / "pets" / "route.json").write_text(content)
+    Storage(f"{catalog.uri}/pets").write_bytes("route.json", content.encode())
     with pytest.raises(DataError) as refusal:
         catalog.entries()
     assert str(refusal.value.where).endswith("pets/route.json")
@@ -167,5 +169,5 @@ def test_a_broken_route_is_named(catalog: Catalog, exported: list[str], content:
 
 def test_the_route_is_a_file_that_a_person_can_read(catalog: Catalog, exported: list[str]) -> None:
     first = catalog.add(exported[0])
-    document = json.loads((Path(catalog.uri) / "pets" / "route.json").read_text())
+    document = json.loads(Storage(f"{catalog.uri}/pets").read_bytes("route.json"))
     assert document["route"]["stable"] == first.version
