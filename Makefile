@@ -7,12 +7,14 @@ STAMP := .venv/.installed
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
 CLIENTS_STAMP := .venv-kserve/.installed
+PEERS := litserve bentoml mlserver
+PEERS_STAMP := .venv-mlserver/.installed
 NAME ?= quickstart
 # Workers import torch in every process: without bytecode that costs 10 s each instead of 3.5.
 unexport PYTHONDONTWRITEBYTECODE
 export SCALE
 
-.PHONY: help install quickstart test test-all fmt lint types imports check bench chromium fashion-mnist clients stubs clean
+.PHONY: help install quickstart test test-all fmt lint types imports check bench chromium fashion-mnist clients peers stubs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,7 +76,21 @@ $(CLIENTS_STAMP): tests/integration/clients/requirements-triton.txt tests/integr
 
 clients: $(CLIENTS_STAMP) ## Install tritonclient and KServe's client for the conformity tests
 
-bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small) or distill anew, ARGS="--help"; print its table
+# Servers to compare ours with, each in a place of its own (6 GB, because of torch), and the load generator. Torch,
+# torchvision and Pillow are those of ours, so that the network and the decoder are the same.
+$(PEERS_STAMP): requirements.lock $(PEERS:%=tests/benchmarks/peers/requirements-%.txt)
+	@command -v wrk > /dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends wrk; }
+	@for peer in $(PEERS); do \
+		test -x .venv-$$peer/bin/python || $(PYTHON) -m venv .venv-$$peer || exit 1; \
+		.venv-$$peer/bin/python -m pip install --quiet --disable-pip-version-check \
+			-r tests/benchmarks/peers/requirements-$$peer.txt \
+			$$(grep -E '^(torch|torchvision|pillow)==' requirements.lock) || exit 1; \
+	done
+	@touch $@
+
+peers: $(PEERS_STAMP) ## Install LitServe, BentoML, MLServer and wrk for bench NAME=serving (17 GB)
+
+bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) $(if $(filter serving,$(NAME)),$(PEERS_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small), distill or serving anew, ARGS="--help"; print its table
 	@$(if $(filter mining,$(NAME)),$(BENCH_BIN),$(BIN))/python -m tests.benchmarks.$(NAME) $(ARGS)
 
 chromium: ## Install Debian's browser for the tests of the server's page (else they are skipped)

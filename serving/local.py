@@ -20,6 +20,7 @@ from serving.settings import ServingSettings
 
 # Normalised images [M, C, H, W] of one request, and when they were ready (monotonic seconds).
 Piece = tuple[Floats, float]
+_PIECE_IMAGES = 8  # of a request that shares no batch; bounds what it holds in memory
 
 
 def _images_in(pieces: list[Piece]) -> int:
@@ -29,8 +30,9 @@ def _images_in(pieces: list[Piece]) -> int:
 class LocalStudent:
     """One student: `desk.Backend` without a hop.
 
-    Each request is decoded on its own, in threads; what came out of it joins other requests for the forward pass. So a
-    bad image never reaches its neighbours, and memory holds at most one batch of pixels per request.
+    Each request is decoded on its own, in threads; what came out of it joins other requests for the forward pass, where
+    the network gains by that on this machine, and else goes through it alone, in the same thread. So a bad image never
+    reaches its neighbours, and memory holds at most one batch of pixels per request.
 
     Args:
         student: Whom to open; the folder must still hold exactly this one.
@@ -47,11 +49,14 @@ class LocalStudent:
         self._decoding = ThreadPoolExecutor(settings.cpus_per_replica, "decode")
         self._running = ThreadPoolExecutor(1, "forward")
         self._meter = StudentMeter(student)
-        self._forward.set_max_batch_size(self._batch_images)  # type: ignore[attr-defined]
-        self._forward.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
+        if self._batch_images > 1:
+            self._forward.set_max_batch_size(self._batch_images)  # type: ignore[attr-defined]
+            self._forward.set_batch_wait_timeout_s(settings.batch_wait_s)  # type: ignore[attr-defined]
 
     async def predict(self, images: Images) -> Predictions:
         """Answer the N images of one request, at least one."""
+        if self._batch_images == 1:
+            return await asyncio.get_running_loop().run_in_executor(self._decoding, self._predict_alone, images)
         loop = asyncio.get_running_loop()
         parts = []
         for start in range(0, len(images), self._batch_images):
@@ -65,6 +70,18 @@ class LocalStudent:
     async def ready(self) -> bool:
         """True: it has warmed up."""
         return True
+
+    def _predict_alone(self, images: Images) -> Predictions:
+        parts = []
+        for start in range(0, len(images), _PIECE_IMAGES):
+            began = time.monotonic()
+            prepared = self._predictor.prepare(images[start : start + _PIECE_IMAGES])
+            decoded = time.monotonic()
+            parts.append(prepared.answer(self._predictor.forward(prepared.pixels_MCHW)))
+            self._meter.decoded(decoded - began)
+            self._meter.ran(time.monotonic() - decoded)
+            self._meter.batched(len(prepared.pixels_MCHW))
+        return join(parts)
 
     @serve.batch(batch_size_fn=_images_in)
     async def _forward(self, pieces: list[Piece]) -> list[Floats]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from ray.serve import metrics
 
 from serving.drift import Drift
@@ -14,14 +17,19 @@ from serving.registry import Student
 
 _SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 _IMAGES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+_PERIOD_S = 1.0
 # Ray declares these as tuples of one.
 _OF: Any = ("model", "version")
 _BY_LABEL: Any = (*_OF, "label")
 _BY_ROUTE: Any = ("route", "status")
 
 
+def _own(student: Student) -> tuple[str, str]:
+    return student.name, student.version[:12]
+
+
 def _tags(student: Student) -> dict[str, str]:
-    return {"model": student.name, "version": student.version[:12]}
+    return dict(zip(_OF, _own(student), strict=True))
 
 
 def _ascii(label: str) -> str:
@@ -30,52 +38,74 @@ def _ascii(label: str) -> str:
 
 
 class FrontMeter:
-    """What the front counts: `serving.desk.Meter`."""
+    """What the front counts: `serving.desk.Meter`.
+
+    Counts are kept here and passed on once a second: passing one on costs more than what it counts.
+    """
 
     def __init__(self) -> None:
-        self._responses = metrics.Counter("pu_ray_responses", "Answers by route and status.", _BY_ROUTE)
-        self._images = metrics.Counter("pu_ray_images", "Images that were answered.", _OF)
-        self._failed = metrics.Counter("pu_ray_failed_images", "Images that could not be used.", _OF)
+        self._counters = {
+            "responses": metrics.Counter("pu_ray_responses", "Answers by route and status.", _BY_ROUTE),
+            "images": metrics.Counter("pu_ray_images", "Images that were answered.", _OF),
+            "failed": metrics.Counter("pu_ray_failed_images", "Images that could not be used.", _OF),
+            "predicted": metrics.Counter("pu_ray_predictions", "Answers by class.", _BY_LABEL),
+            "copies": metrics.Counter("pu_ray_shadow_images", "Images that a shadow answered too.", _OF),
+            "same": metrics.Counter("pu_ray_shadow_agreements", "Of these, answered as the stable version did.", _OF),
+        }
         self._seconds = metrics.Histogram("pu_ray_request_seconds", "Time to an answer.", _SECONDS, _OF)
-        self._predicted = metrics.Counter("pu_ray_predictions", "Answers by class.", _BY_LABEL)
-        self._copies = metrics.Counter("pu_ray_shadow_images", "Images that a shadow answered too.", _OF)
-        self._same = metrics.Counter("pu_ray_shadow_agreements", "Of these, answered as the stable version did.", _OF)
         self._drift = metrics.Gauge(
             "pu_ray_score_drift", "Population stability index of certainty against the mined images.", _OF
         )
         self._drifts: dict[tuple[str, str], Drift] = {}
+        self._counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self._is_due = False
 
     def responded(self, route: str, status: int) -> None:
         """A request has ended."""
-        self._responses.inc(tags={"route": route, "status": str(status)})
+        self._count("responses", 1, route, str(status))
 
     def answered(self, student: Student, predictions: Predictions, seconds: float) -> None:
         """A request was answered."""
-        tags = _tags(student)
-        usable = [position for position in range(len(predictions.logits_NK)) if position not in predictions.failures]
-        self._seconds.observe(seconds, tags)
-        if predictions.failures:
-            self._failed.inc(len(predictions.failures), tags)
-        if not usable:
+        own = _own(student)
+        self._seconds.observe(seconds, _tags(student))
+        failed, count = len(predictions.failures), len(predictions.logits_NK)
+        self._count("failed", failed, *own)
+        if failed == count:
             return
-        self._images.inc(len(usable), tags)
-        probabilities_MK = predictions.probabilities_NK[usable]
-        for index in probabilities_MK.argmax(axis=1):
-            self._predicted.inc(tags=tags | {"label": _ascii(student.labels[index])})
+        self._count("images", count - failed, *own)
+        probabilities_NK = predictions.probabilities_NK
+        certain = probabilities_NK.max(axis=1)  # NaN where the image failed
+        for position, index in enumerate(probabilities_NK.argmax(axis=1)):
+            if position not in predictions.failures:
+                self._count("predicted", 1, *own, student.labels[index])
         if student.confidence_deciles:
-            key = (student.name, student.version)
-            drift = self._drifts.setdefault(key, Drift(student.confidence_deciles))
-            drift.add(probabilities_MK.max(axis=1).tolist())
-            if (value := drift.index) is not None:
-                self._drift.set(value, tags)
+            if own not in self._drifts:
+                self._drifts[own] = Drift(student.confidence_deciles)
+            self._drifts[own].add(certain[~np.isnan(certain)].tolist())
 
     def shadowed(self, student: Student, same: int, images: int) -> None:
         """A shadow answered copies."""
-        tags = _tags(student)
-        if images:
-            self._copies.inc(images, tags)
-        if same:
-            self._same.inc(same, tags)
+        self._count("copies", images, *_own(student))
+        self._count("same", same, *_own(student))
+
+    def _count(self, name: str, amount: int, *tags: str) -> None:
+        if not amount:
+            return  # Ray refuses to count nothing
+        self._counts[name, tags] += amount
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_later(_PERIOD_S, self.flush)
+
+    def flush(self) -> None:
+        """Pass the counts on to Ray."""
+        self._is_due = False
+        counts, self._counts = self._counts, Counter()
+        for (name, tags), amount in counts.items():
+            keys = {"responses": _BY_ROUTE, "predicted": _BY_LABEL}.get(name, _OF)
+            self._counters[name].inc(amount, dict(zip(keys, map(_ascii, tags), strict=True)))
+        for own, drift in self._drifts.items():
+            if (value := drift.index) is not None:
+                self._drift.set(value, dict(zip(_OF, own, strict=True)))
 
 
 class StudentMeter:

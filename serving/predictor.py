@@ -23,7 +23,9 @@ from serving.registry import ENGINES, LoadedStudent
 Floats = npt.NDArray[np.float32]
 
 _TIMED_PASSES = 5
-_WORTH_IT = 0.97  # of the cost of an image that a batch twice as large must not exceed
+_CHEAPER = 0.97  # of the cost of an image that a batch twice as large must not exceed, to go on doubling
+# Of the cost of an image alone: gathering a batch costs each of its requests two more changes of thread.
+_WORTH_IT = 0.75
 
 # Encoded images, decoded uint8 [N, H, W, C] at the network's size, or the network's own float32 [N, C, H, W].
 Images = Sequence[bytes] | Pixels | Floats
@@ -58,6 +60,8 @@ class Predictions:
 
 def join(parts: Sequence[Predictions]) -> Predictions:
     """The answers to consecutive pieces of one request, as one."""
+    if len(parts) == 1:
+        return parts[0]
     failures: dict[int, ImageError] = {}
     start = 0
     for part in parts:
@@ -147,14 +151,15 @@ class Predictor:
             )
 
     def best_batch(self, most: int) -> int:
-        """How many images this machine runs fastest together: doubled as long as that makes an image cheaper.
+        """How many images this machine runs fastest together; 1 where together is hardly faster than one by one.
 
         Args:
             most: Upper limit, at least 1.
         """
         preprocessing = self._student.preprocessing
         shape = (preprocessing.channels, preprocessing.size_px, preprocessing.size_px)
-        best, cheapest_s, count = 1, float("inf"), 1
+        costs_s: dict[int, float] = {}
+        count = 1
         while count <= most:
             blank_MCHW = np.zeros((count, *shape), np.float32)
             self.forward(blank_MCHW)
@@ -164,11 +169,12 @@ class Predictor:
                 self.forward(blank_MCHW)
                 seconds.append(time.perf_counter() - started)
             # The quickest: whatever else the machine does only ever adds.
-            per_image_s = min(seconds) / count
-            if per_image_s >= _WORTH_IT * cheapest_s:
+            costs_s[count] = min(seconds) / count
+            if count > 1 and costs_s[count] >= _CHEAPER * costs_s[count // 2]:
                 break
-            best, cheapest_s, count = count, per_image_s, 2 * count
-        return best
+            count *= 2
+        best = min(costs_s, key=costs_s.__getitem__)
+        return best if costs_s[best] < _WORTH_IT * costs_s[1] else 1
 
     def prepare(self, images: Images) -> Prepared:
         """Decode and normalise; float32 images are passed on as they are.

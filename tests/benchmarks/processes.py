@@ -59,7 +59,16 @@ class CommandError(Exception):
 
 
 @dataclass(frozen=True)
-class _Process:
+class Process:
+    """What the kernel says of a process.
+
+    Attributes:
+        parent: Its parent's id.
+        started: When, in the kernel's ticks; with the id it names a process for good.
+        cpu_s: Its own user and system time.
+        zombie: It has ended, and nobody waited for it yet.
+    """
+
     parent: int
     started: int
     cpu_s: float
@@ -106,14 +115,14 @@ def measure(
     next_memory = started
     late = False
     try:
-        while tree := _descendants(reap_except=child.pid):
+        while tree := descendants(reap_except=child.pid):
             seen.update({(pid, process.started): process.cpu_s for pid, process in tree.items()})
             now = time.monotonic()
             late = not ended and now > started + timeout_s
             if late or (ended and now > ended[0] + _LINGER_S):
                 break
             if now >= next_memory and not ended:
-                peak = max(peak, _memory_bytes(pid for pid, process in tree.items() if not process.zombie))
+                peak = max(peak, memory_bytes(pid for pid, process in tree.items() if not process.zombie))
                 next_memory = now + _MEMORY_EVERY_S
             waiter.join(_CPU_EVERY_S) if not ended else time.sleep(_CPU_EVERY_S)
     finally:
@@ -133,7 +142,7 @@ def tail(log: Path, lines: int = 15) -> str:
 def end_descendants() -> None:
     """Kill what this process started, each by its id, and wait for it."""
     for _ in range(100):
-        tree = _descendants()
+        tree = descendants()
         living = [pid for pid, process in tree.items() if not process.zombie]
         if not living:
             return
@@ -149,20 +158,20 @@ def _waited_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _descendants(reap_except: int | None = None) -> dict[int, _Process]:
+def descendants(reap_except: int | None = None) -> dict[int, Process]:
     """Everything below this process; adopted zombies are reaped, except one that somebody else waits for."""
-    everything: dict[int, _Process] = {}
+    everything: dict[int, Process] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with suppress(OSError), open(f"/proc/{entry}/stat", "rb") as source:
                 # The name, in parentheses, may hold anything.
                 fields = source.read().rpartition(b")")[2].split()
                 cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-                everything[int(entry)] = _Process(int(fields[1]), int(fields[19]), cpu_s, fields[0] == b"Z")
+                everything[int(entry)] = Process(int(fields[1]), int(fields[19]), cpu_s, fields[0] == b"Z")
     children: dict[int, list[int]] = {}
     for pid, process in everything.items():
         children.setdefault(process.parent, []).append(pid)
-    found: dict[int, _Process] = {}
+    found: dict[int, Process] = {}
     open_ends = [os.getpid()]
     while open_ends:
         for pid in children.get(open_ends.pop(), []):
@@ -176,7 +185,8 @@ def _descendants(reap_except: int | None = None) -> dict[int, _Process]:
     return found
 
 
-def _memory_bytes(pids: Iterable[int]) -> int:
+def memory_bytes(pids: Iterable[int]) -> int:
+    """PSS of these processes, and shared memory once."""
     private = mapped = 0
     files: dict[tuple[int, int], int] = {}
     for pid in pids:

@@ -58,3 +58,19 @@ def test_requests_share_batches_and_get_their_own_rows(
     assert max(map(sum, batches)) <= SETTINGS.max_batch_images
     assert sum(map(sum, batches)) == 15
     assert any(len(pieces) > 1 for pieces in batches)
+
+
+def test_requests_go_alone_where_a_batch_gains_nothing(
+    student: Student, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Predictor, "best_batch", lambda _self, _most: 1)
+    requests = [[png(0)], [png(1), b"bad", png(2)], [png(seed) for seed in range(3, 24)], [b"bad"]]
+
+    async def asking() -> list[Predictions]:
+        one = local.LocalStudent(student, SETTINGS)
+        return await asyncio.gather(*map(one.predict, requests))
+
+    for images, answer in zip(requests, asyncio.run(asking()), strict=True):
+        expected = predictor.predict(images)
+        np.testing.assert_allclose(answer.logits_NK, expected.logits_NK, rtol=1e-5, atol=1e-5)
+        assert list(answer.failures) == list(expected.failures)

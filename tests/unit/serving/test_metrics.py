@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,7 +51,20 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     for kind in ("Counter", "Gauge", "Histogram"):
         monkeypatch.setattr(metrics.metrics, kind, Recorder)
     metrics._stages.cache_clear()
+    monkeypatch.setattr(metrics, "_PERIOD_S", 0.01)
     return Recorder.made
+
+
+def counting(*calls: Callable[[metrics.FrontMeter], None]) -> None:
+    """Make these calls to a meter in an event loop, and wait until it has passed them on."""
+
+    async def counted() -> None:
+        meter = metrics.FrontMeter()
+        for call in calls:
+            call(meter)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(counted())
 
 
 def total(recorder: Recorder) -> float:
@@ -57,39 +72,39 @@ def total(recorder: Recorder) -> float:
 
 
 def test_answers_are_counted_by_class_and_failures_apart(student: Student, recorded: dict[str, Recorder]) -> None:
-    meter = metrics.FrontMeter()
     logits = np.array([[9, 0, 0], [np.nan] * 3, [0, 9, 0], [0, 0, 9]], np.float32)
-    meter.answered(student, Predictions(logits, {1: ImageError("truncated", "")}), 0.25)
-    meter.responded("/v1/classify", 200)
+    predictions = Predictions(logits, {1: ImageError("truncated", "")})
+    counting(
+        lambda meter: meter.answered(student, predictions, 0.25),
+        lambda meter: meter.responded("/v1/classify", 200),
+        lambda meter: meter.responded("/v1/classify", 200),
+    )
     assert total(recorded["pu_ray_images"]) == 3
     assert total(recorded["pu_ray_failed_images"]) == 1
     assert [tags["label"] for _, tags in recorded["pu_ray_predictions"].values] == ["cat", "dog", r"\xdcnicorn"]
     assert recorded["pu_ray_request_seconds"].values[0][0] == 0.25
-    assert recorded["pu_ray_responses"].values == [(1.0, {"route": "/v1/classify", "status": "200"})]
+    assert recorded["pu_ray_responses"].values == [(2, {"route": "/v1/classify", "status": "200"})]
 
 
 def test_nothing_usable_counts_no_class(student: Student, recorded: dict[str, Recorder]) -> None:
-    meter = metrics.FrontMeter()
-    meter.answered(student, Predictions(np.full((1, 3), np.nan, np.float32), {0: ImageError("truncated", "")}), 0.1)
-    meter.shadowed(student, 0, 0)
+    nothing = Predictions(np.full((1, 3), np.nan, np.float32), {0: ImageError("truncated", "")})
+    counting(lambda meter: meter.answered(student, nothing, 0.1), lambda meter: meter.shadowed(student, 0, 0))
+    assert total(recorded["pu_ray_failed_images"]) == 1
     assert recorded["pu_ray_predictions"].values == recorded["pu_ray_images"].values == []
 
 
 def test_drift_is_told_where_the_export_knows_its_certainty(student: Student, recorded: dict[str, Recorder]) -> None:
     certain = Predictions(np.tile(np.array([[9, 0, 0]], np.float32), (300, 1)), {})
-    meter = metrics.FrontMeter()
-    meter.answered(student, certain, 0.1)
+    counting(lambda meter: meter.answered(student, certain, 0.1))
     assert recorded["pu_ray_score_drift"].values == []
     unsure = dataclasses.replace(student, confidence_deciles=tuple(np.linspace(0.4, 0.8, 9).tolist()))
-    meter.answered(unsure, certain, 0.1)
+    counting(lambda meter: meter.answered(unsure, certain, 0.1))
     ((value, _),) = recorded["pu_ray_score_drift"].values
     assert value > 1
 
 
 def test_shadows_are_compared(student: Student, recorded: dict[str, Recorder]) -> None:
-    meter = metrics.FrontMeter()
-    meter.shadowed(student, 3, 4)
-    meter.shadowed(student, 0, 1)
+    counting(lambda meter: meter.shadowed(student, 3, 4), lambda meter: meter.shadowed(student, 0, 1))
     assert total(recorded["pu_ray_shadow_images"]) == 5
     assert total(recorded["pu_ray_shadow_agreements"]) == 3
 

@@ -105,3 +105,26 @@ def test_warm_up_refuses_a_network_of_other_inputs(loaded: LoadedStudent) -> Non
 def test_a_damaged_network_is_refused(loaded: LoadedStudent) -> None:
     with pytest.raises(DataError, match="cannot be loaded"):
         Predictor(_with_model(loaded, b"not an ONNX graph"), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("costs_ms", "best"),
+    [
+        ({1: 10, 2: 6, 4: 4, 8: 5}, 4),  # the caches are full at eight
+        ({1: 10, 2: 6, 4: 4, 8: 3, 16: 2, 32: 1}, 16),  # as many as may be
+        ({1: 10, 2: 9, 4: 8.5, 8: 9}, 1),  # not worth the gathering
+        ({1: 10, 2: 11, 4: 1}, 1),  # nobody looks further
+    ],
+)
+def test_a_batch_is_as_large_as_the_machine_runs_fastest(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, costs_ms: dict[int, float], best: int
+) -> None:
+    now = [0.0]
+
+    def forward(self: Predictor, pixels: np.ndarray) -> np.ndarray:
+        now[0] += costs_ms[len(pixels)] * len(pixels) / 1000
+        return pixels
+
+    monkeypatch.setattr(Predictor, "forward", forward)
+    monkeypatch.setattr("serving.predictor.time.perf_counter", lambda: now[0])
+    assert predictor.best_batch(16) == best
