@@ -323,8 +323,8 @@ def normalise(pixels_NHWC: Pixels, preprocessing: PreprocessingConfig) -> npt.ND
     """uint8 [N, H, W, C] to the network's float32 [N, C, H, W]: (x / 255 - mean) / std."""
     mean = np.asarray(preprocessing.mean, np.float32) * 255
     scale = 1 / (np.asarray(preprocessing.std, np.float32) * 255)
-    # In this order: planes of bytes first, then whole planes at once. Broadcasting over a last axis of three takes NumPy
-    # ten times as long, for the same values.
+    # Planes of bytes first, then whole planes at once. Broadcasting over a last axis of three takes NumPy ten times as
+    # long, for the same values.
     values_NCHW = np.ascontiguousarray(pixels_NHWC.transpose(0, 3, 1, 2)).astype(np.float32)
     values_NCHW -= mean[:, None, None]
     values_NCHW *= scale[:, None, None]
