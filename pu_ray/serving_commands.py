@@ -18,7 +18,7 @@ from pu_ray.progress import Narrator
 
 _HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # Its per-request records cost a request 0.4 ms of CPU; our own metrics count the same requests.
+    # Its per-request records cost a request 0.3 ms of CPU; our own metrics count the same requests.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # A process that stops waits so long for HAProxy to hear of it. Ray's 30 s are for load balancers of a cloud.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",

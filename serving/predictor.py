@@ -117,7 +117,7 @@ class Predictor:
         try:
             self._engine = _engine_of(loaded, threads)
         except PuRayError:
-            raise
+            raise  # it says what is wrong by itself
         except Exception as error:  # ONNX Runtime raises a private class per kind of damage
             raise DataError(
                 "the network cannot be loaded", where=self._where, got=str(error), hint="export again"

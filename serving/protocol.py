@@ -85,7 +85,7 @@ def model_metadata(student: Student, versions: Sequence[str] = ()) -> dict[str, 
     return {
         "name": student.name,
         "versions": list(versions) or [student.version],
-        "platform": "onnxruntime_onnx",
+        "platform": "pytorch" if student.engine == "torch" else "onnxruntime_onnx",
         "inputs": [tensor.as_dict() for tensor in inputs_of(student)],
         "outputs": [tensor.as_dict() for tensor in outputs_of(student)],
     }

@@ -138,7 +138,7 @@ def _engine(published: manifest.Manifest, wanted: str, where: str) -> str:
 
 def _network(published: manifest.Manifest) -> NetworkConfig | None:
     try:
-        return NetworkConfig(architecture=published.facts["architecture"], options=published.facts.get("options") or {})
+        return NetworkConfig(architecture=published.facts["architecture"], options=published.facts["options"])
     except (KeyError, ValidationError):
         return None  # only the engine `torch` asks, and says so
 

@@ -28,7 +28,7 @@ def module() -> torch.nn.Module:
 
 def exported(folder: Path, module: torch.nn.Module, **facts: object) -> str:
     files = {"model.safetensors": models.save_weights(module)}
-    return write_student(folder, files=files, facts={"architecture": NETWORK.architecture} | facts)
+    return write_student(folder, files=files, facts={"architecture": NETWORK.architecture, "options": {}} | facts)
 
 
 def test_it_answers_as_the_module_does(tmp_path: Path, module: torch.nn.Module) -> None:
@@ -41,11 +41,11 @@ def test_it_answers_as_the_module_does(tmp_path: Path, module: torch.nn.Module) 
     np.testing.assert_allclose(predictor.predict(pictures).logits_NK, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["evil.module:run", None])
-def test_code_that_an_artifact_names_is_not_run(
-    tmp_path: Path, module: torch.nn.Module, architecture: str | None
+@pytest.mark.parametrize("facts", [{"architecture": "evil.module:run"}, {"architecture": None}, {"options": None}])
+def test_code_that_an_artifact_names_is_not_run_and_nothing_is_guessed(
+    tmp_path: Path, module: torch.nn.Module, facts: dict[str, str | None]
 ) -> None:
-    loaded = registry.load(exported(tmp_path, module, architecture=architecture), "torch")
+    loaded = registry.load(exported(tmp_path, module, **facts), "torch")
     with pytest.raises(DataError, match="builds the network by name") as refusal:
         Predictor(loaded, Limits())
     assert "onnx" in str(refusal.value.hint)
