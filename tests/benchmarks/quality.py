@@ -92,6 +92,10 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
     "pvu": {"scorer": {"kind": "pvu"}},
     "last-stage": {"teacher": {"stages": ["layer4"]}},
 }
+_ON: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {},
+    "cuda": {"resources": {"embed": {"gpus": 0.5, "cpus": 0}, "train": {"gpus": 0.5}}},
+}
 # Quotas would fill the rare classes of a long tail with whatever is left, to the controls' harm.
 _ANY_CLASS = {"balance": "none"}
 _PAPER_LOSS = {"temperature": 1.0, "robust": "paper", "radius": 0.1}
@@ -192,12 +196,14 @@ class Chooser:
         work: Runs.
         labeled: Images per class.
         seed: Of labeled set, fit and student.
+        device: Where networks run.
     """
 
     data: Path
     work: Path
     labeled: int
     seed: int
+    device: str = "cpu"
 
     def folder(self, name: str) -> Path:
         """Where a fit's artifacts are."""
@@ -267,7 +273,8 @@ def _fitted(chooser: Chooser, name: str) -> tuple[Any, Any, Any]:
     from pu_ray.pipeline import Pipeline, Sources, identities
     from pu_ray.progress import Narrator
 
-    job = job_of(chooser.data, chooser.folder(name), chooser.labeled, chooser.seed, JOBS[name])
+    changes = _merged(_ON[chooser.device], JOBS[name])
+    job = job_of(chooser.data, chooser.folder(name), chooser.labeled, chooser.seed, changes)
     sources = Sources(job)
     for verb in ("features", "fit", "score"):
         Pipeline(job, Narrator(quiet=True), contextlib.nullcontext).run_verb(verb)
@@ -324,7 +331,7 @@ def decode_all(data: Path) -> None:
     np.save(data / "test-labels.npy", test.labels)
 
 
-def _asked(teacher: Any, pixels: Any, count: int, seed: int) -> Any:
+def _asked(teacher: Any, device: Any, pixels: Any, count: int, seed: int) -> Any:
     """The teacher's answers for `count` crops of each image: a record array [N] of crops and logits."""
     import torch
 
@@ -340,25 +347,33 @@ def _asked(teacher: Any, pixels: Any, count: int, seed: int) -> Any:
     for number in range(count):
         seen = crops.cut(pixels, records["crops"][:, number])
         parts = [
-            teacher(torch.from_numpy(seen[start : start + _ASKED_AT_ONCE]))[1]
+            _answer(teacher, device, seen[start : start + _ASKED_AT_ONCE])
             for start in range(0, len(seen), _ASKED_AT_ONCE)
         ]
         records["logits"][:, number] = answers.compress(torch.cat(parts).float().numpy())[0]
     return records
 
 
-def _lake_part(data: Path, first: int, stop: int) -> Any:
+def _answer(teacher: Any, device: Any, pixels: Any) -> Any:
+    """Logits [N, 10] of pixels uint8 [N, 28, 28, 1]."""
+    import torch
+
+    with torch.inference_mode():
+        return teacher(torch.from_numpy(pixels).to(device))[1].cpu()
+
+
+def _lake_part(data: Path, device: str, first: int, stop: int) -> Any:
     pixels = np.load(data / "lake.npy", mmap_mode="r")[first:stop]
-    return _asked(_teacher(data)[0], pixels, _CROPS["lake"], first)
+    return _asked(_teacher(data, device)[0], device, pixels, _CROPS["lake"], first)
 
 
-def ask_all(data: Path, pool: ProcessPoolExecutor) -> None:
+def ask_all(data: Path, device: str, pool: ProcessPoolExecutor) -> None:
     """The teacher's answers for every image of the lake, once for all rows and seeds."""
     target = data / "lake-answers.npy"
     if not target.exists():
         _say("the teacher answers for the lake")
         images = len(np.load(data / "lake.npy", mmap_mode="r"))
-        parts = pool.map(_lake_part, *zip(*[(data, a, a + 2000) for a in range(0, images, 2000)], strict=True))
+        parts = pool.map(_lake_part, *zip(*[(data, device, a, a + 2000) for a in range(0, images, 2000)], strict=True))
         temporary = target.with_suffix(".tmp.npy")
         np.save(temporary, np.concatenate(list(parts)))
         temporary.rename(target)
@@ -375,21 +390,24 @@ def _stored(records: Any, classes: int) -> Any:
 
 
 @functools.cache
-def _teacher(data: Path) -> Any:
+def _teacher(data: Path, device: str) -> Any:
     """In a worker: the teacher, ready to run; one thread, since every core has a worker."""
     import torch
 
     from pu_ray.distill import fit
 
     torch.set_num_threads(1)
-    return fit.teacher_on(job_of(data, data / "unused", 100, 0, {}), torch.device("cpu"))
+    return fit.teacher_on(job_of(data, data / "unused", 100, 0, {}), torch.device(device))
 
 
-def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] | None, steps: int) -> dict[str, Any]:
+def teach(
+    data: Path, device: str, labeled: int, seed: int, name: str, chosen: Sequence[int] | None, steps: int
+) -> dict[str, Any]:
     """Train one student and test it.
 
     Args:
         data: The workload.
+        device: Where; `cpu` or `cuda`.
         labeled: Images per class.
         seed: Of labeled set and student.
         name: The row.
@@ -406,7 +424,7 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
     from pu_ray.pu.training import assign_roles
 
     started = time.monotonic()
-    teacher, classes = _teacher(data)
+    teacher, classes = _teacher(data, device)
     job = job_of(data, data / "unused", labeled, seed, {})
     images = lake.read_labeled(job.labeled.uri, classes)
     roles = np.array(assign_roles(images.ids, images.labels, job.scorer.split, seed))
@@ -424,7 +442,7 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
         if not ROWS[name].in_loop:
             said = (
                 np.load(data / "lake-answers.npy", mmap_mode="r")[rows],
-                _asked(teacher, taught, _CROPS["labeled"], seed),
+                _asked(teacher, device, taught, _CROPS["labeled"], seed),
             )
     stored = [None if records is None else _stored(records, len(classes)) for records in said]
     settings = DistillConfig(**{"max_steps": steps, "epochs": 10**6, "validations": _HELD_STEPS, **_distill_of(name)})
@@ -446,7 +464,7 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
         preprocessing=job.teacher.preprocessing,
         classes=len(classes),
         seed=seed,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         precision=job.resources.train.precision,
         checkpoint=None,
         report=lambda _state, _bytes: None,
@@ -455,10 +473,10 @@ def teach(data: Path, labeled: int, seed: int, name: str, chosen: Sequence[int] 
     student.load_state_dict(state.best_weights)
     normalise = models.Normalised(torch.nn.Identity(), job.teacher.preprocessing)
     test = (np.load(data / "test.npy"), np.load(data / "test-labels.npy"))
-    accuracy = loop.accuracy_of(student, normalise, test, torch.device("cpu"))
+    accuracy = loop.accuracy_of(student, normalise.to(device), test, torch.device(device))
     right = 0
     for start in range(0, len(test[0]), 500):
-        answers = teacher(torch.from_numpy(test[0][start : start + 500]))[1].argmax(dim=1).numpy()
+        answers = _answer(teacher, device, test[0][start : start + 500]).argmax(dim=1).numpy()
         right += int((answers == test[1][start : start + 500]).sum())
     return {
         "images": len(mined) + len(taught),
@@ -504,7 +522,7 @@ def run(arguments: argparse.Namespace, data: Path, work: Path, results: Results)
         ray_session(address=None, verbose=False, needed_cpus=4),
         ProcessPoolExecutor(cores, mp_context=_spawn()) as pool,
     ):
-        ask_all(data, pool)
+        ask_all(data, arguments.device, pool)
         waiting: dict[Future[dict[str, Any]], dict[str, Any]] = {}
         try:
             _submit(arguments, Trainees(pool, waiting, results, 3 * cores), data, work, done)
@@ -534,8 +552,8 @@ def _submit(arguments: argparse.Namespace, trainees: Trainees, data: Path, work:
     from pu_ray.errors import DataError
 
     for labeled in arguments.labeled:
-        for seed in range(arguments.seeds):
-            chooser = Chooser(data, work, labeled, seed)
+        for seed in arguments.seeds:
+            chooser = Chooser(data, work, labeled, seed, arguments.device)
             for name in arguments.rows:
                 record = {"scale": arguments.scale, "steps": arguments.steps, "labeled": labeled, "seed": seed}
                 record["row"] = name
@@ -552,7 +570,7 @@ def _submit(arguments: argparse.Namespace, trainees: Trainees, data: Path, work:
                     trainees.results.add(record | {"refused": str(error)})
                     _say(f"{labeled:>3} labeled, seed {seed}, {name}: {error.problem}")
                     continue
-                job = trainees.pool.submit(teach, data, labeled, seed, name, chosen, arguments.steps)
+                job = trainees.pool.submit(teach, data, arguments.device, labeled, seed, name, chosen, arguments.steps)
                 trainees.waiting[job] = record | facts
                 _say(f"{labeled:>3} labeled, seed {seed}, {name}: chosen")
                 _collect(trainees.waiting, trainees.results, block=len(trainees.waiting) > trainees.most)
@@ -644,7 +662,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scale", choices=fmnist_open.SCALES, default=os.environ.get("SCALE") or "full")
     parser.add_argument("--labeled", type=int, nargs="+", default=[100, 50, 20, 5], help="images per class")
-    parser.add_argument("--seeds", type=int, help="default: all that the workload has")
+    parser.add_argument("--seeds", type=int, nargs="+", help="which; default: all that the workload has")
+    parser.add_argument("--device", choices=_ON, default="cpu", help="where networks run")
     parser.add_argument("--steps", type=int, help="optimiser steps of every student; default 1200, small 150")
     parser.add_argument("--rows", nargs="+", default=["table"], help=f"of {', '.join((*groups, *ROWS))}")
     parser.add_argument("--processes", type=int, help="students trained at once; default: one per core")
@@ -653,7 +672,9 @@ def main() -> None:
     parser.add_argument("--tell", action="store_true", help="only print the tables")
     arguments = parser.parse_args()
     scale = fmnist_open.SCALES[arguments.scale]
-    arguments.seeds = min(arguments.seeds or scale.seeds, scale.seeds)
+    arguments.seeds = arguments.seeds or list(range(scale.seeds))
+    if not set(arguments.seeds) <= set(range(scale.seeds)):
+        parser.error(f"--seeds: the workload has 0 to {scale.seeds - 1}")
     arguments.steps = arguments.steps or (1200 if arguments.scale == "full" else 150)
     arguments.rows = list(dict.fromkeys(name for group in arguments.rows for name in groups.get(group, (group,))))
     if unknown := set(arguments.rows) - set(ROWS):
