@@ -43,21 +43,32 @@ def draw(count: int, shape_hw: tuple[int, int], augment: AugmentConfig, generato
 def cut(pixels: Pixels, crops: Crops) -> Pixels:
     """Each image's crop, resized to the image's own size, uint8 [N, H, W, C]."""
     height, width = pixels.shape[1:3]
-    if (crops[:, 2] != height).any() or (crops[:, 3] != width).any():
-        parts = np.stack([_resized(image, crop) for image, crop in zip(pixels, crops, strict=True)])
-    elif crops[:, :2].any():
-        reach = int(np.abs(crops[:, :2]).max())
-        padded = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
-        corners = crops[:, :2].astype(int) + reach
-        parts = np.stack(
-            [image[top : top + height, left : left + width] for image, (top, left) in zip(padded, corners, strict=True)]
-        )
-    else:
-        parts = pixels
-    flipped = crops[:, 4].astype(bool)
-    if flipped.any():
-        parts = np.where(flipped[:, None, None, None], parts[:, :, ::-1], parts)
-    return np.ascontiguousarray(parts)
+    parts = np.empty_like(pixels)
+    resized = bool((crops[:, 2] != height).any() or (crops[:, 3] != width).any())
+    for image, part, crop in zip(pixels, parts, crops, strict=True):
+        # Written through a mirror, a crop needs no second copy to be flipped.
+        target = part[:, ::-1] if crop[4] else part
+        if resized:
+            target[:] = _resized(image, crop)
+        else:
+            _shift(image, int(crop[0]), int(crop[1]), target)
+    return parts
+
+
+def _shift(image: Any, top: int, left: int, target: Any) -> None:
+    """Write the window of the image's own size at this corner; outside the image its edge goes on."""
+    height, width = image.shape[:2]
+    if abs(top) >= height or abs(left) >= width:  # pixels so few that the window may miss them all
+        rows, columns = (np.clip(at + np.arange(side), 0, side - 1) for at, side in ((top, height), (left, width)))
+        target[:] = image[rows[:, None], columns]
+        return
+    first, stop = max(0, -top), min(height, height - top)
+    begin, end = max(0, -left), min(width, width - left)
+    target[first:stop, begin:end] = image[first + top : stop + top, begin + left : end + left]
+    target[first:stop, :begin] = target[first:stop, begin : begin + 1]
+    target[first:stop, end:] = target[first:stop, end - 1 : end]
+    target[:first] = target[first]
+    target[stop:] = target[stop - 1]
 
 
 def _resized(image: Any, crop: Any) -> Any:
