@@ -14,7 +14,7 @@ NAME ?= quickstart
 unexport PYTHONDONTWRITEBYTECODE
 export SCALE
 
-.PHONY: help install quickstart test test-all fmt lint types imports check bench chromium fashion-mnist clients peers stubs clean
+.PHONY: help install quickstart test test-all test-gpu fmt lint types imports check bench chromium fashion-mnist clients peers stubs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test: $(STAMP) $(CLIENTS_STAMP) ## Run the tests
 
 test-all: $(STAMP) $(CLIENTS_STAMP) ## Run the tests, the slow ones too
 	@$(BIN)/python -m pytest
+
+test-gpu: $(STAMP) ## Run the tests that need a GPU
+	@$(BIN)/python -m pytest tests/integration/test_gpu.py
 
 fmt: $(STAMP) ## Format the code
 	@$(BIN)/ruff format .
@@ -90,7 +93,7 @@ $(PEERS_STAMP): requirements.lock $(PEERS:%=tests/benchmarks/peers/requirements-
 
 peers: $(PEERS_STAMP) ## Install LitServe, BentoML, MLServer and wrk for bench NAME=serving (17 GB)
 
-bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) $(if $(filter serving,$(NAME)),$(PEERS_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small), distill or serving anew, ARGS="--help"; print its table
+bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) $(if $(filter serving,$(NAME)),$(PEERS_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small), distill, serving or gpu anew, ARGS="--help"; print its table
 	@$(if $(filter mining,$(NAME)),$(BENCH_BIN),$(BIN))/python -m tests.benchmarks.$(NAME) $(ARGS)
 
 chromium: ## Install Debian's browser for the tests of the server's page (else they are skipped)

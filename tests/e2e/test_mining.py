@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -18,7 +22,7 @@ from pu_ray.manifest import Manifest
 from pu_ray.pipeline import Pipeline
 from pu_ray.progress import Narrator
 from pu_ray.storage import Storage
-from tests.e2e.conftest import SMALL, write_job
+from tests.e2e.conftest import ROOT, SMALL, write_job
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -68,6 +72,36 @@ def test_scores_from_images_are_those_from_features(task: Path, cached: Path, tm
     np.testing.assert_allclose(*scores, atol=0.1)
     common = selected(cached) & selected(tmp_path)
     assert len(common) > 0.98 * len(selected(cached) | selected(tmp_path))
+
+
+# A Ray of its own with a GPU that is only a number: scheduling does not ask what it is.
+WITH_A_GPU = """
+import sys
+import ray
+if __name__ == "__main__":
+    ray.init(address="local", num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    from pu_ray.cli import main
+    sys.argv = ["pu-ray", "features", sys.argv[1], "--set", "resources.embed.gpus=0.5", "--set", "features.engine=onnx"]
+    main()
+"""
+
+
+@pytest.mark.timeout(240)
+def test_actors_with_a_gpu_get_decoded_blocks_from_tasks_and_see_the_same(
+    task: Path, cached: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "with_a_gpu.py"
+    script.write_text(WITH_A_GPU)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), str(job(task, tmp_path))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = rows(tmp_path, "features"), rows(cached, "features")
+    for name in ("sample_id", "shard", "row", "error"):
+        assert ours[name] == theirs[name]
+    # In batches of another size, so in another order of adding up.
+    answers = [np.stack(table.filter(pc.is_null(table["error"]))["logits"].to_numpy()) for table in (ours, theirs)]
+    np.testing.assert_allclose(*answers, atol=0.02)
 
 
 def test_a_cascade_spares_most_of_the_lake_and_keeps_what_would_be_mined(
