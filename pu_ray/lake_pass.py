@@ -257,8 +257,8 @@ def _pipeline(
     whole_block: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     if actor is not None:
         together = {"open_actor": partial(actor, **actor_arguments), "writer": writer}
-        # Not `map_batches`: that refuses whole blocks for GPUs, lest they be too large. These are cut to size, the actor
-        # takes them in batches of its own, and a batch of two blocks would tear a file of the artifact apart.
+        # Not `map_batches`: that refuses whole blocks for GPUs, lest they be too large. These are cut to size, the
+        # actor takes them in batches of its own, and a batch of two blocks would tear an artifact's file apart.
         dataset = dataset.map_batches_internal(
             _WritingActor if alone else actor,
             fn_constructor_kwargs=together if alone else dict(actor_arguments),
