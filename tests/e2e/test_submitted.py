@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -35,13 +36,25 @@ class Started:
     address: str
     environment: dict[str, str]
 
-    def submit(self, job: Path, **variables: str) -> tuple[int, dict[str, Any], str]:
+    def submit(self, job: Path, *, wait: bool = True, **variables: str) -> tuple[int, dict[str, Any], str]:
         """Exit status, what was printed and what was told."""
-        command = [sys.executable, "-m", "pu_ray", "submit", str(job), "--address", self.address, "--wait", "--json"]
+        command = [sys.executable, "-m", "pu_ray", "submit", str(job), "--address", self.address, "--json"]
+        command += ["--wait"] if wait else []
         done = subprocess.run(
             command, cwd=ROOT, env=self.environment | variables, capture_output=True, text=True, timeout=400
         )
         return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+    def drivers(self) -> list[int]:
+        """Process ids of what submitted jobs run on this cluster."""
+        found = []
+        home = f"HOME={self.environment['HOME']}".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if words[1:4] == [b"-m", b"pu_ray", b"run"] and home in (process / "environ").read_bytes().split(b"\0"):
+                    found.append(int(process.name))
+        return found
 
 
 def free_ports(count: int) -> list[int]:
@@ -116,3 +129,40 @@ def test_a_submitted_job_mines_every_row_and_is_not_done_twice(started: Started,
     status, result, told = started.submit(job)
     assert (status, result["action"], result["status"]) == (0, "resubmitted", "SUCCEEDED"), told
     assert {file: file.stat().st_mtime_ns for file in made} == made, "finished stages stay as they are"
+
+
+def test_a_job_whose_driver_was_killed_goes_on_and_scores_no_shard_again(
+    started: Started, task: Path, tmp_path: Path
+) -> None:
+    job = write_job(task, tmp_path)
+    status, result, told = started.submit(job, wait=False)
+    assert (status, result["action"]) == (0, "submitted"), told
+    ledger = tmp_path / "run/features/ledger"
+    deadline = time.monotonic() + 200
+    while not any(ledger.glob("*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (driver,) = started.drivers()
+    os.kill(driver, signal.SIGKILL)
+    status, result, told = _ended(started, result["submission_id"])
+    assert result["status"] == "FAILED", told
+    assert not (tmp_path / "run/features/manifest.json").exists(), "killed too late to show anything"
+    before = {file: file.stat().st_mtime_ns for file in ledger.glob("*.json")}
+    status, result, told = started.submit(job)
+    assert (status, result["action"], result["status"]) == (0, "resubmitted", "SUCCEEDED"), told
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["scored_rows"] + summary["error_rows"] == SMALL.lake_rows
+
+
+def _ended(started: Started, submission: str) -> tuple[int, dict[str, Any], str]:
+    command = [sys.executable, "-m", "pu_ray", "status", submission, "--address", started.address, "--json"]
+    for _ in range(30):
+        done = subprocess.run(
+            command, cwd=ROOT, env=started.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        result = json.loads(done.stdout)
+        if result["status"] not in ("PENDING", "RUNNING"):
+            return done.returncode, result, done.stderr
+        time.sleep(1)
+    raise AssertionError(f"it did not end: {result}")
