@@ -48,6 +48,17 @@ def test_moved_crops_are_windows_of_the_padded_image_at_every_offset():
     assert len({(top, left) for top, left, *_ in chosen}) == 25
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 1), (5, 9, 3)])
+def test_a_window_may_miss_a_tiny_image_and_sees_its_edge_go_on(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    height, width = shape[:2]
+    padded = np.pad(image, ((8, 8), (8, 8), (0, 0)), mode="edge")
+    for top, left, flip in np.ndindex(17, 17, 2):
+        crop = np.array([[top - 8, left - 8, height, width, flip]], np.int16)
+        window = padded[top : top + height, left : left + width]
+        np.testing.assert_array_equal(crops.cut(image[None], crop)[0], window[:, ::-1] if flip else window)
+
+
 def test_resized_crops_lie_inside_and_cover_what_was_asked_for():
     chosen = drawn(AugmentConfig(crop_scale=(0.25, 1.0), horizontal_flip=False), count=3000, side=64)
     top, left, height, width, flip = chosen.T.astype(int)
