@@ -139,7 +139,9 @@ def test_a_student_that_fails_its_gate_is_reported_but_not_exported(copied: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_with_stored_soft_labels_the_teacher_is_asked_once_and_the_student_learns(copied: Path) -> None:
+def test_with_stored_soft_labels_the_teacher_is_asked_once_and_the_student_learns(
+    copied: Path, finished: tuple[Path, Any, Any]
+) -> None:
     job, run = str(copied / "job.yaml"), copied / "run"
     cached = ("--set", "distill.soft_labels=cached", "--set", "distill.crops=2", "--set", "evaluation.controls=[]")
     done = pu_ray("run", job, *cached, "--json")
@@ -149,7 +151,10 @@ def test_with_stored_soft_labels_the_teacher_is_asked_once_and_the_student_learn
     labeled = json.loads((run / "scorer/manifest.json").read_text())["counts"]
     images = mined["counts"]["rows"] + labeled["labeled_train"] + labeled["labeled_calibrate"]
     assert stored["counts"] == {"images": images, "crops": 2 * images}
-    assert summary["student_accuracy"]["value"] > 0.5
+    # Few steps teach neither much: as much as with the teacher in the loop, and far more than chance, which is 0.1.
+    _, in_loop, _ = finished
+    assert summary["student_accuracy"]["high"] > in_loop["student_accuracy"]["low"]
+    assert summary["student_accuracy"]["low"] > 0.2
     again = pu_ray("distill", job, *cached, "--set", "distill.max_steps=20")
     assert again.returncode == 0, again.stderr
     assert "soft_labels: nothing to do" in again.stderr, "another training asks the teacher nothing"
