@@ -187,7 +187,8 @@ class OptimizerConfig(_Section):
 
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
-    momentum: Share = Field(default=0.9, description="Nesterov momentum of SGD; ignored by AdamW.")
+    momentum: Share = Field(default=0.9, description="Of SGD; ignored by AdamW.")
+    nesterov: bool = Field(default=True, description="Nesterov's momentum; the paper's is the plain one.")
     weight_decay: NonNegativeFloat = 1e-4
     schedule: Literal["constant", "cosine", "one_cycle", "milestones"] = "cosine"
     milestones: tuple[OpenShare, ...] = Field(
@@ -618,6 +619,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "optimizer": {
                 "kind": "sgd",
                 "lr": 1e-3,
+                "nesterov": False,
                 "weight_decay": 5e-3,
                 "schedule": "milestones",
                 "milestones": [50 / 170, 100 / 170, 150 / 170],
@@ -631,6 +633,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "optimizer": {
                 "kind": "sgd",
                 "lr": 0.1,
+                "nesterov": False,
                 "weight_decay": 5e-4,
                 "schedule": "milestones",
                 "milestones": [50 / 200, 100 / 200, 150 / 200],

@@ -221,8 +221,17 @@ def _torchvision(name: str, classes: int, in_channels: int, options: Mapping[str
             got=str(in_channels),
             hint="set channels to 3 (grey images are repeated), or use a timm/ or cifar/ network",
         )
-    wanted: dict[str, Any] = {"num_classes": classes, "weights": None, **options}
+    wanted: dict[str, Any] = {"num_classes": classes, "weights": None, **_AUXILIARY.get(plain, {}), **options}
     return _built(name, options, lambda: torchvision_models.get_model(plain, **wanted))
+
+
+# Networks whose second classifiers exist while they are trained, and then answer with a tuple instead of logits. The
+# losses here ask for one vector of logits.
+_AUXILIARY: Mapping[str, Mapping[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "init_weights": False},
+}
+_AUXILIARY_WEIGHTS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def _own(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) -> nn.Module:
@@ -393,6 +402,8 @@ def load_safetensors(module: nn.Module, content: bytes, where: str) -> None:
 
 def _load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     own = module.state_dict()
+    if getattr(module, "aux_logits", True) is False:
+        state = {key: value for key, value in state.items() if not key.startswith(_AUXILIARY_WEIGHTS)}
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
     problems += [

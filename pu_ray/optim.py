@@ -27,7 +27,7 @@ def build(
             lr=settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
-            nesterov=settings.momentum > 0,
+            nesterov=settings.nesterov and settings.momentum > 0,
         )
     return optimizer, LambdaLR(optimizer, lambda step: rate(settings, step, steps))
 

@@ -189,6 +189,17 @@ def test_whatever_a_library_raises_is_a_wrong_setting(name, options, hint):
     assert caught.value.hint.startswith(hint)
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_network_with_auxiliary_classifiers_answers_with_logits_and_takes_weights_that_have_them(name, tmp_path):
+    images = torch.rand(2, 3, 96, 96)
+    whole = network(name, aux_logits=True, init_weights=False)
+    (tmp_path / "whole.safetensors").write_bytes(save(whole.state_dict()))
+    plain = network(name)
+    assert plain.train()(images).shape == (2, 3)
+    models.load_weights(plain, str(tmp_path / "whole.safetensors"))
+    torch.testing.assert_close(plain.eval()(images), whole.eval()(images))
+
+
 def test_options_reach_the_factory():
     assert network("timm/test_resnet", drop_rate=0.25).drop_rate == 0.25
 

@@ -35,9 +35,10 @@ def test_sgd_is_nesterov_with_the_configured_momentum_and_decay():
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.8, 0.02)
 
 
-def test_sgd_without_momentum_is_plain():
-    optimizer, _ = optim.build([nn.Parameter(torch.zeros(1))], OptimizerConfig(kind="sgd", momentum=0.0), 10)
-    assert optimizer.defaults["nesterov"] is False
+def test_sgd_is_plain_without_momentum_or_where_asked():
+    for settings in ({"momentum": 0.0}, {"nesterov": False}):
+        optimizer, _ = optim.build([nn.Parameter(torch.zeros(1))], OptimizerConfig(kind="sgd", **settings), 10)
+        assert optimizer.defaults["nesterov"] is False
 
 
 def test_adamw_takes_the_rate_and_the_decay():
