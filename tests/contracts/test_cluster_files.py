@@ -1,24 +1,20 @@
-"""The files that start clusters and jobs, against what Ray itself would say of them."""
+"""Files that start clusters and jobs, against what Ray itself would say of them. KubeRay: test_kuberay_files.py."""
 
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
-from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.serve.schema import ServeDeploySchema
 
 from pu_ray import config
 
 ROOT = Path(__file__).parents[2]
 CLUSTER_FILES = ("ray-cluster.yaml", "cluster/on-prem.yaml")
-KUBERAY = {"rayjob": "rayClusterSpec", "rayservice": "rayClusterConfig"}
 JOBS = sorted((ROOT / "cluster" / "jobs").glob("*.yaml"))
 
 
@@ -31,23 +27,6 @@ def prepared(path: str) -> dict[str, Any]:
     filled: dict[str, Any] = prepare_config(parsed(path))
     validate_config(filled)
     return filled
-
-
-def groups(manifest: str) -> dict[str, Any]:
-    """The node types that the autoscaler will see."""
-    spec = parsed(f"cluster/kuberay/{manifest}.yaml")["spec"][KUBERAY[manifest]]
-    custom_resource = {"metadata": {"name": "any", "namespace": "any"}, "spec": spec}
-    seen: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(custom_resource)["available_node_types"]
-    return seen
-
-
-def containers(manifest: str) -> list[dict[str, Any]]:
-    spec = parsed(f"cluster/kuberay/{manifest}.yaml")["spec"][KUBERAY[manifest]]
-    return [
-        container
-        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-        for container in group["template"]["spec"]["containers"]
-    ]
 
 
 @pytest.mark.parametrize("path", CLUSTER_FILES)
@@ -97,53 +76,6 @@ def test_aws_gets_nothing_from_ray_s_open_defaults() -> None:
     for kind in prepared("ray-cluster.yaml")["available_node_types"].values():
         for key in ("ImageId", "SubnetIds", "SecurityGroupIds", "IamInstanceProfile", "KeyName"):
             assert kind["node_config"].get(key), key
-
-
-@pytest.mark.parametrize(
-    ("manifest", "expected"),
-    [
-        ("rayjob", {"headgroup": (0, 0), "cpu-decode": (0, 8), "gpu-spot": (0, 16), "gpu-on-demand": (0, 4)}),
-        ("rayservice", {"headgroup": (0, 0), "cpu-serve": (1, 4)}),
-    ],
-)
-def test_the_autoscaler_sees_the_groups(manifest: str, expected: dict[str, tuple[int, int]]) -> None:
-    seen = groups(manifest)
-    assert {name: (kind["min_workers"], kind["max_workers"]) for name, kind in seen.items()} == expected
-    assert seen["headgroup"]["resources"]["CPU"] == 0
-    assert all("idle_timeout_s" in kind for name, kind in seen.items() if name != "headgroup")
-
-
-def test_kubernetes_asks_for_spot_first() -> None:
-    seen = groups("rayjob")
-    assert seen["gpu-spot"]["priority"] > seen["gpu-on-demand"]["priority"]
-    assert seen["gpu-spot"]["resources"] == seen["gpu-on-demand"]["resources"]
-    assert seen["gpu-spot"]["resources"]["GPU"] == 1
-
-
-@pytest.mark.parametrize("manifest", KUBERAY)
-def test_kuberay_pins_ray_its_autoscaler_and_the_token(manifest: str) -> None:
-    spec = parsed(f"cluster/kuberay/{manifest}.yaml")["spec"][KUBERAY[manifest]]
-    assert spec["rayVersion"] == ray.__version__
-    assert spec["autoscalerOptions"]["version"] == "v2"
-    assert spec["authOptions"]["mode"] == "token"
-    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-
-
-@pytest.mark.parametrize("manifest", KUBERAY)
-def test_every_container_is_ours_and_may_not_rise(manifest: str) -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    for container in containers(manifest):
-        assert container["image"] == f"pu-ray:{version}"
-        assert container["securityContext"]["runAsNonRoot"] is True
-        assert container["resources"]["limits"] == container["resources"]["requests"]
-
-
-def test_serve_accepts_the_students_application() -> None:
-    text = parsed("cluster/kuberay/rayservice.yaml")["spec"]["serveConfigV2"]
-    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
-    assert application.import_path == "serving.app:app_from_args"
-    assert application.args == {"students": ["s3://your-bucket/runs/shop/exported"]}
 
 
 @pytest.mark.parametrize("path", CLUSTER_FILES)
