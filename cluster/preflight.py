@@ -1,9 +1,10 @@
-"""Checks before a job starts on a running Ray: enough logical resources, and an output that can be written.
+"""Checks before a job starts on a running Ray: enough logical resources, and nodes that can do the work.
 
 Ray waits without a word for resources that never come, and actors that fill a cluster starve the reads that feed
-them (ray#44687): both look like a hang. So the sums are made before anything starts.
+them (ray#44687): both look like a hang. So the sums are made before anything starts, and where a cluster may grow its
+autoscaler is asked (growth.py). What each node has is looked at on the node (node_checks.py).
 
-Not covered: whether every node can reach a local output folder, and whether the cloud has capacity to sell.
+Not covered: whether the cloud has capacity to sell.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Final
 import ray
 from ray._private.state import state as cluster_state
 
+from cluster import growth, node_checks
 from pu_ray.config import JobConfig
 from pu_ray.errors import ClusterError, PuRayError
 from pu_ray.storage import Storage
@@ -25,6 +27,7 @@ GPU: Final = "GPU"
 MEMORY: Final = "memory"
 
 _GIB = 2**30
+_SEPARATOR = "\n       "
 _READERS = 1  # without a free slot for one read and one write, a pipeline whose actors are all up cannot move
 _TRAIN_SPARE_CPUS = 1.0
 # `ray up` and KubeRay label the nodes they start; whoever starts nodes may start more.
@@ -156,9 +159,8 @@ def shortages(requirements: Sequence[Requirement], capacity: Capacity) -> list[s
             # A total may be met by nodes of which none can hold the part.
             met = all(part.each[resource] <= capacity.total.get(resource, 0.0) for resource in part.each)
             if met and not any(_fits(part.each, node) for node in capacity.nodes):
-                one = ", ".join(_amount(resource, amount) for resource, amount in part.each.items())
                 found.append(
-                    f"{requirement.stage}: no single node has the {one} that one of the {part.what} needs: "
+                    f"{requirement.stage}: no single node has the {_one(part)} that one of the {part.what} needs: "
                     f"lower {part.setting}"
                 )
     return found
@@ -178,11 +180,16 @@ def capacity_now() -> Capacity:
     return Capacity(up, nodes, any(_NODE_GROUP_LABEL in node["Labels"] for node in alive))
 
 
-def check(config: JobConfig) -> PreflightReport:
+def check(config: JobConfig, *, every_node: bool = True) -> PreflightReport:
     """Refuse a job that could not run; Ray must be connected.
 
+    Args:
+        config: The job.
+        every_node: Look at each node too; a private Ray on this machine has none but this one.
+
     Raises:
-        ClusterError: Too few resources on a cluster that does not grow, or an output that cannot be written.
+        ClusterError: Too few resources on a cluster that does not grow, processes that no kind of node could hold on
+            one that does, an output that cannot be written, or a node that would fail the job.
     """
     requirements = required(config)
     capacity = capacity_now()
@@ -191,10 +198,14 @@ def check(config: JobConfig) -> PreflightReport:
         raise ClusterError(
             "the cluster is too small for this job, which would wait forever",
             where="resources",
-            got="\n       ".join(found),
+            got=_SEPARATOR.join(found),
             hint=_hint(requirements, capacity),
         )
     probe_output(config.output)
+    if every_node:
+        _check_nodes(config)
+    if found:
+        _ask_autoscaler(requirements, capacity)
     return PreflightReport(tuple(requirements), capacity, tuple(found), config.output)
 
 
@@ -204,24 +215,51 @@ def probe_output(uri: str) -> None:
     Raises:
         ClusterError: One of the three failed.
     """
-    storage = Storage(uri)
-    name, content = f".probe-{uuid.uuid4().hex}", b"pu-ray"
-    step = "written"
     try:
-        storage.write_bytes(name, content)
-        step = "read back"
-        if storage.read_bytes(name) != content:
-            raise OSError("the object read differs from the one written")
-        step = "deleted"
-        storage.delete(name)
+        node_checks.probe(Storage(uri), f".probe-{uuid.uuid4().hex}")
     except (OSError, PuRayError) as error:
         raise ClusterError(
-            f"the output cannot be used: a small object could not be {step}",
+            "the output cannot be used: a small object could not be written, read back and deleted",
             where=f"output ({uri})",
             allowed="a folder or bucket that this job may write, read and delete in",
             got=str(error).splitlines()[0],
             hint="check the URI, and the credentials and endpoint in the environment",
         ) from error
+
+
+def _check_nodes(config: JobConfig) -> None:
+    uses_gpus = config.features.engine != "onnx" and config.resources.embed.gpus > 0 or config.resources.train.gpus > 0
+    found = node_checks.problems(node_checks.ask_all(config.output, config.lake.uri), needs_gpus=uses_gpus)
+    if found:
+        raise ClusterError(
+            "not every node could do its part of this job",
+            where="cluster",
+            got=_SEPARATOR.join(found),
+            hint="mend these nodes or take them out of the cluster; all need the same image, storage and credentials",
+        )
+
+
+def _ask_autoscaler(requirements: Sequence[Requirement], capacity: Capacity) -> None:
+    """Refuse what the autoscaler would leave waiting for ever."""
+    homeless = [
+        (requirement.stage, part)
+        for requirement in requirements
+        for part in requirement.parts
+        if not any(_fits(part.each, node) for node in capacity.nodes)
+    ]
+    refused = growth.refused([part.each for _, part in homeless]) if homeless else []
+    if refused:
+        raise ClusterError(
+            "this cluster may start no kind of node that could hold this job's processes, so it would wait forever",
+            where="resources",
+            got=_SEPARATOR.join(
+                f"{stage}: one of the {part.what} needs {_one(part)} on one node: lower {part.setting}"
+                for stage, part in homeless
+                if part.each in refused
+            ),
+            hint="lower the settings named above, or add a kind of node to the cluster's file; a kind whose `resources` "
+            "name no memory offers none",
+        )
 
 
 def _positive(resources: Mapping[str, float]) -> dict[str, float]:
@@ -239,6 +277,10 @@ def _sum(requirement: Requirement, resource: str) -> str:
         if resource in part.each
     ]
     return " + ".join(terms)
+
+
+def _one(part: Part) -> str:
+    return ", ".join(_amount(resource, amount) for resource, amount in part.each.items())
 
 
 def _amount(resource: str, amount: float) -> str:

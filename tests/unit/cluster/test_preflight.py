@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import preflight
+from cluster import growth, preflight
 from cluster.preflight import CPU, GPU, MEMORY, Capacity
 from pu_ray.config import JobConfig
 from pu_ray.errors import ClusterError
@@ -80,8 +80,27 @@ def test_a_fixed_cluster_that_is_too_small_is_refused(make_job: MakeJob, monkeyp
 
 def test_a_cluster_that_grows_is_waited_for(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "capacity_now", lambda: capacity({CPU: 0}, may_grow=True))
-    report = preflight.check(make_job())
+    monkeypatch.setattr(growth, "refused", lambda wanted: [])
+    report = preflight.check(make_job(), every_node=False)
     assert any(text.startswith("mining needs 2.25 CPU") for text in report.waiting_for)
+
+
+def test_what_the_autoscaler_could_never_place_is_refused_and_the_rest_not_asked_for(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "capacity_now", lambda: capacity({CPU: 8, MEMORY: 8 * GIB}, may_grow=True))
+    asked = []
+
+    def refused(wanted: list[dict[str, float]]) -> list[dict[str, float]]:
+        asked.extend(wanted)
+        return wanted
+
+    monkeypatch.setattr(growth, "refused", refused)
+    job = make_job(resources={"embed": {"gpus": 2, "cpus": 1, "memory_gib": 3}})
+    with pytest.raises(ClusterError, match="wait forever") as raised:
+        preflight.check(job, every_node=False)
+    assert asked == [{CPU: 1, GPU: 2, MEMORY: 3 * GIB}]
+    assert "one of the embedding actors needs 1 CPU, 2 GPU, 3 GiB memory on one node" in str(raised.value)
 
 
 def test_the_output_probe_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -91,6 +110,6 @@ def test_the_output_probe_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ClusterError, match="could not be written") as raised:
+    with pytest.raises(ClusterError, match="could not be written, read back and deleted") as raised:
         preflight.probe_output(str(tmp_path / "file"))
     assert raised.value.where == f"output ({tmp_path}/file)"
