@@ -1,102 +1,48 @@
 """Dry run of a job, without a cluster: the lake's size, what each stage needs, how long, what it costs, refusals.
 
-Times are arithmetic: operations of the job's own networks, counted, over the rates of `prices.yaml`. They tell hours
-from days, not minutes from minutes.
+The arithmetic is in estimate.py, deadline.py, spot.py and memory.py, the table in prices.py, measuring in calibrate.py.
+Here the job's inputs are looked at, and all of it is put together and shown.
 
-Not covered: head nodes, storage and transfer; stages that take under a minute on any machine (a head on frozen
-features, selection, export); whether the cluster at hand has the resources (preflight.py).
+Not covered: whether the cluster at hand has the resources (preflight.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Self
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from cluster import preflight
-from pu_ray.config import JobConfig, NetworkConfig, PreprocessingConfig
+from cluster import calibrate, deadline, estimate, memory, preflight, spot
+from cluster.deadline import DeadlinePlan
+from cluster.estimate import (
+    ImageSeconds,
+    LakeSize,
+    Load,
+    Measured,
+    NetworkSize,
+    StagePlan,
+    duration,
+)
+from cluster.memory import MemoryCheck
+from cluster.prices import Prices, Table
+from cluster.spot import SpotPlan
+from pu_ray.config import JobConfig
 from pu_ray.errors import ConfigError, DataError, PuRayError
+from pu_ray.progress import Progress
 from pu_ray.storage import Storage
 
 if TYPE_CHECKING:
     from pu_ray.lake import Shard
 
-PRICES_FILE = Path(__file__).with_name("prices.yaml")
-
 _SAMPLED_SHARDS = 20
 _GIB = 2**30
-_TEACHER_CLASSES = 1000  # only the last layer depends on it: far below the error of any estimate
-_TRAIN_PASSES = 3  # forward, and about twice that backward
+_WIDTH = 100
+# A pool so large that only the least size of a chunk bounds how finely the lake is cut.
+_ANY_ACTORS = 10**9
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class NodePrice(_Table):
-    """A kind of machine."""
-
-    cpus: int = Field(ge=1)
-    gpus: int = Field(ge=0)
-    price_per_hour: float = Field(ge=0)
-
-
-class NodePrices(_Table):
-    """The two kinds a plan reckons with."""
-
-    cpu: NodePrice
-    gpu: NodePrice
-
-    @model_validator(mode="after")
-    def _gpu_nodes_have_gpus(self) -> Self:
-        if self.gpu.gpus == 0:
-            raise ValueError("nodes of the kind gpu need at least one GPU, got 0")
-        return self
-
-
-class Rates(_Table):
-    """What one core or one GPU sustains."""
-
-    cpu_core_gflop_per_s: float = Field(gt=0)
-    gpu_tflop_per_s: float = Field(gt=0)
-    decode_mb_per_s_per_core: float = Field(gt=0)
-
-
-class Prices(_Table):
-    """The editable table behind a plan."""
-
-    currency: str
-    nodes: NodePrices
-    start_s: float = Field(ge=0)
-    rates: Rates
-    assumed_prior: float = Field(gt=0, lt=1)
-
-
-class LakeSize(_Table):
-    """What is in the lake.
-
-    Attributes:
-        shards: Units of the ledger.
-        size_bytes: Encoded.
-        rows: Images.
-        chunks: Units of work.
-        exact: Whether `rows` and `chunks` were counted, or projected from `sampled_shards`.
-        sampled_shards: How many shards were opened.
-    """
-
-    shards: int
-    size_bytes: int
-    rows: int
-    chunks: int
-    exact: bool
-    sampled_shards: int
-
-
-class Need(_Table):
+class Need(Table):
     """What a stage must have at once, from `preflight.required`."""
 
     stage: str
@@ -105,27 +51,23 @@ class Need(_Table):
     memory_gib: float
 
 
-class StagePlan(_Table):
-    """One stage's share of time and money.
+class Rate(Table):
+    """How fast one core or one GPU does something.
 
     Attributes:
-        stage: Name.
-        images: How many go through, repetitions included.
-        seconds: Wall-clock time with the nodes below.
-        cpu_nodes: Nodes of the kind `cpu`.
-        gpu_nodes: Nodes of the kind `gpu`.
-        cost: In the table's currency.
+        what: What it does.
+        device: `core` or `gpu`.
+        images_per_s: Of one of them.
+        source: `table` or `measured`.
     """
 
-    stage: str
-    images: int
-    seconds: float
-    cpu_nodes: int
-    gpu_nodes: int
-    cost: float
+    what: str
+    device: str
+    images_per_s: float
+    source: str
 
 
-class Plan(_Table):
+class Plan(Table):
     """The dry run's answer.
 
     Attributes:
@@ -133,11 +75,20 @@ class Plan(_Table):
         output: Where it would publish.
         lake: None where the lake cannot be used.
         needs: Least resources per stage.
+        measured: With `--calibrate`: what was found.
+        rates: What the times rest on.
         stages: Time and cost with the largest pools that the job allows.
         seconds: Of all stages, and of starting nodes once.
         cost: Of all stages.
+        gpu_hours: Of all stages.
+        cpu_hours: Of all stages.
+        spot: The same on spot nodes.
+        deadline: With `--deadline`: the pools that meet it.
+        deadline_spot: Those on spot nodes.
+        memory: What processes and nodes are expected to need.
         currency: Of the costs.
         assumptions: What the figures rest on beyond the table.
+        warnings: What would not stop the job and may go wrong.
         refusals: Why the job would stop; empty where it would not.
         exit_status: 0, or that of the first refusal.
     """
@@ -146,46 +97,74 @@ class Plan(_Table):
     output: str
     lake: LakeSize | None
     needs: tuple[Need, ...]
+    measured: Measured | None
+    rates: tuple[Rate, ...]
     stages: tuple[StagePlan, ...]
     seconds: float
     cost: float
+    gpu_hours: float
+    cpu_hours: float
+    spot: SpotPlan | None
+    deadline: DeadlinePlan | None
+    deadline_spot: SpotPlan | None
+    memory: MemoryCheck | None
     currency: str
     assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
     refusals: tuple[str, ...]
     exit_status: int
 
 
-def load_prices(path: Path = PRICES_FILE) -> Prices:
-    """The table of rates and prices.
+class _Reckoned(Table):
+    """The part of a plan that needs all inputs; empty without them."""
 
-    Raises:
-        ConfigError: The file cannot be read or lacks something.
-    """
-    try:
-        return Prices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("the price table cannot be read", where=str(path), got=str(error)) from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError("the price table is wrong", where=f"{path}: {where}", got=first["msg"]) from error
+    rates: tuple[Rate, ...] = ()
+    stages: tuple[StagePlan, ...] = ()
+    spot: SpotPlan | None = None
+    deadline: DeadlinePlan | None = None
+    deadline_spot: SpotPlan | None = None
+    memory: MemoryCheck | None = None
+    assumptions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-def make(config: JobConfig, prices: Prices) -> Plan:
+# -- looking and reckoning ---------------------------------------------------------------------------------
+
+
+def make(
+    config: JobConfig,
+    prices: Prices,
+    progress: Progress,
+    *,
+    deadline_hours: float | None = None,
+    calibrated: bool = False,
+) -> Plan:
     """Look at the job's inputs and reckon; starts nothing and writes nothing.
 
     Args:
         config: The job.
-        prices: See `load_prices`.
+        prices: See `prices.load`.
+        progress: Sees the listing, and what is measured.
+        deadline_hours: Until when the whole plan should end; None: as the job's own pools have it.
+        calibrated: Whether to measure on this machine what can be measured.
 
     Returns:
         The plan; what is wrong with the inputs is in `refusals`, not raised, so that all of it shows at once.
+
+    Raises:
+        ConfigError: The deadline is no time to come.
     """
+    if deadline_hours is not None and not 0 < deadline_hours < math.inf:
+        raise ConfigError(
+            "nothing can end then", where="--deadline", allowed="a number of hours above 0", got=f"{deadline_hours:g}"
+        )
     refusals: list[PuRayError] = []
-    lake = labeled = None
-    gflop: list[float] = []
+    lake = labeled = networks = measured = None
     try:
-        lake = measure_lake(config)
+        shards = _list(config, progress)
+        lake = measure_lake(config, shards, finest=deadline_hours is not None)
+        if calibrated:
+            measured = calibrate.measure(config, shards, progress)
     except PuRayError as error:
         refusals.append(error)
     try:
@@ -194,46 +173,59 @@ def make(config: JobConfig, prices: Prices) -> Plan:
     except PuRayError as error:
         refusals.append(error)
     try:
-        gflop = [
-            gflop_per_image(config.teacher, config.teacher.preprocessing),
-            gflop_per_image(config.student, config.student_preprocessing),
-        ]
+        networks = (
+            estimate.network_size(config.teacher, config.teacher.preprocessing),
+            estimate.network_size(config.student, config.student_preprocessing),
+        )
     except PuRayError as error:
         refusals.append(error)
-    stages: tuple[StagePlan, ...] = ()
-    assumptions: tuple[str, ...] = ()
-    if lake is not None and labeled is not None and gflop:
-        stages = tuple(estimate(config, prices, lake, labeled, *gflop))
-        assumptions = tuple(_assumptions(config, prices, lake, *gflop))
+    reckoned = _Reckoned()
+    if lake is not None and labeled is not None and networks is not None:
+        reckoned, misfits = _reckon(config, prices, lake, labeled, networks, measured, deadline_hours)
+        refusals += misfits
+    stages = reckoned.stages
     return Plan(
         name=config.name,
         output=config.output,
         lake=lake,
         needs=tuple(_need(requirement) for requirement in preflight.required(config)),
+        measured=measured,
+        rates=reckoned.rates,
         stages=stages,
-        seconds=round(sum(stage.seconds for stage in stages) + (prices.start_s if stages else 0.0), 1),
+        seconds=estimate.total_seconds(stages, prices),
         cost=round(sum(stage.cost for stage in stages), 2),
+        gpu_hours=round(sum(stage.gpu_hours for stage in stages), 3),
+        cpu_hours=round(sum(stage.cpu_hours for stage in stages), 3),
+        spot=reckoned.spot,
+        deadline=reckoned.deadline,
+        deadline_spot=reckoned.deadline_spot,
+        memory=reckoned.memory,
         currency=prices.currency,
-        assumptions=assumptions,
+        assumptions=reckoned.assumptions,
+        warnings=reckoned.warnings,
         refusals=tuple(str(refusal) for refusal in refusals),
         exit_status=refusals[0].exit_status if refusals else 0,
     )
 
 
-def measure_lake(config: JobConfig) -> LakeSize:
-    """List the lake and open at most 20 shards, evenly spread, to count rows.
+def measure_lake(config: JobConfig, shards: list[Shard], *, finest: bool = False) -> LakeSize:
+    """Open at most 20 shards, evenly spread, to count rows.
 
     A damaged shard counts as the one row that stands for it.
 
-    Raises:
-        DataError: The lake holds no images, or may not be read.
-    """
-    # Brings Ray Data, a second's import that a wrong job file need not wait for.
-    from pu_ray import lake, lake_pass
+    Args:
+        config: The job.
+        shards: The lake's.
+        finest: Whether to look as well how finely the lake could be cut for a larger pool.
 
-    shards = lake.list_shards(config.lake)
+    Raises:
+        DataError: A shard may not be read.
+    """
+    from pu_ray import lake_pass
+
     sample = _spread(shards, _SAMPLED_SHARDS)
     units = lake_pass.lake_units(config, shards, sample)
+    pieces = len(lake_pass.lake_units(_with_any_pool(config), shards, sample)) if finest else len(units)
     size = sum(shard.size_bytes for shard in shards)
     # Rows follow bytes better than they follow shards, whose last one is often short.
     factor = 1.0 if len(sample) == len(shards) else size / max(1, sum(shard.size_bytes for shard in sample))
@@ -242,144 +234,134 @@ def measure_lake(config: JobConfig) -> LakeSize:
         size_bytes=size,
         rows=round(factor * sum(unit.rows for unit in units)),
         chunks=round(factor * len(units)),
+        most_chunks=round(factor * max(pieces, len(units))),
+        chunk_rows=max((unit.rows for unit in units), default=1),
         exact=len(sample) == len(shards),
         sampled_shards=len(sample),
     )
 
 
-def gflop_per_image(network: NetworkConfig, preprocessing: PreprocessingConfig) -> float:
-    """Operations of one forward pass in 1e9, two per multiply-add, counted without computing them.
+def _list(config: JobConfig, progress: Progress) -> list[Shard]:
+    # Its module is imported together with Ray Data's, a second that a wrong job file need not wait for.
+    from pu_ray import lake
 
-    Raises:
-        ConfigError: Unknown network.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from pu_ray import models
-
-    side, channels = preprocessing.size_px, preprocessing.channels
-    with torch.device("meta"):
-        module = models.build(network, _TEACHER_CLASSES, channels).eval()
-        image = torch.empty(1, channels, side, side)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(image)
-    return float(counter.get_total_flops()) / 1e9
+    return lake.list_shards(config.lake, progress.found)
 
 
-def estimate(
-    config: JobConfig, prices: Prices, lake: LakeSize, labeled: int, teacher_gflop: float, student_gflop: float
-) -> list[StagePlan]:
-    """Time and cost of the stages that count, with the largest pools the job allows.
-
-    Args:
-        config: The job.
-        prices: Rates and prices.
-        lake: Its size.
-        labeled: Number of labeled images.
-        teacher_gflop: One forward pass of the teacher.
-        student_gflop: One forward pass of the student.
-    """
-    embed, train = config.resources.embed, config.resources.train
-    stages = [_pass("features", config, prices, lake, teacher_gflop)]
-    if config.scorer.features == "finetuned":
-        images = round(config.scorer.epochs * config.scorer.unlabeled_sample / (1 - config.scorer.positive_share))
-        speed = _gflop_per_s(prices.rates, embed.gpus, embed.cpus)
-        seconds = images * teacher_gflop * _TRAIN_PASSES / speed
-        stages += [
-            _stage("fit", images, seconds, prices, cpus=embed.cpus, gpus=embed.gpus),
-            # A finetuned scorer sees images, not the teacher's features: the lake is read and decoded again.
-            _pass("score", config, prices, lake, teacher_gflop),
-        ]
-    settings = config.distill
-    workers = settings.workers if isinstance(settings.workers, int) else settings.workers[1]
-    steps = settings.epochs * math.ceil((mined_images(config, prices, lake) + labeled) / settings.batch_size)
-    images = settings.batch_size * min(steps, settings.max_steps or steps)
-    speed = workers * _gflop_per_s(prices.rates, train.gpus, train.cpus)
-    seconds = images * (_TRAIN_PASSES * student_gflop + teacher_gflop) / speed
-    stages.append(_stage("distill", images, seconds, prices, cpus=workers * train.cpus, gpus=workers * train.gpus))
-    return stages
+def _with_any_pool(config: JobConfig) -> JobConfig:
+    embed = config.resources.embed.model_copy(update={"max_actors": _ANY_ACTORS})
+    return config.model_copy(update={"resources": config.resources.model_copy(update={"embed": embed})})
 
 
-def mined_images(config: JobConfig, prices: Prices, lake: LakeSize) -> int:
-    """How many lake images the student is likely to be taught on; `selection.budget` bounds it."""
-    prior = config.scorer.prior if isinstance(config.scorer.prior, float) else prices.assumed_prior
-    likely = round(prior * lake.rows)
-    budget = config.selection.budget
-    if config.selection.rule in ("budget", "random") and budget is not None:
-        likely = lake.rows
-    return min(likely, budget) if budget is not None else likely
-
-
-def render(plan: Plan) -> str:
-    """A short table for people."""
-    lines = [f"plan of {plan.name}, published to {plan.output}"]
-    if plan.lake is not None:
-        lake = plan.lake
-        how = "counted" if lake.exact else f"projected from {lake.sampled_shards} shards"
-        lines.append(
-            f"lake: {lake.rows:,} images ({how}), {lake.shards:,} shards, {_bytes(lake.size_bytes)}, "
-            f"{lake.chunks:,} chunks"
-        )
-    lines += ["", f"{'needs at once':<16}{'CPU':>8}{'GPU':>8}{'memory':>12}"]
-    lines += [f"{need.stage:<16}{need.cpus:>8g}{need.gpus:>8g}{need.memory_gib:>8g} GiB" for need in plan.needs]
-    if plan.stages:
-        lines += ["", f"{'stage':<12}{'images':>16}{'time':>10}{'CPU nodes':>12}{'GPU nodes':>12}{'cost':>14}"]
-        lines += [
-            f"{stage.stage:<12}{stage.images:>16,}{_duration(stage.seconds):>10}{stage.cpu_nodes:>12}"
-            f"{stage.gpu_nodes:>12}{stage.cost:>10.2f} {plan.currency}"
-            for stage in plan.stages
-        ]
-        lines.append(f"{'all':<12}{'':>16}{_duration(plan.seconds):>10}{'':>24}{plan.cost:>10.2f} {plan.currency}")
-        lines += ["", "The estimate rests on:", *(f"- {text}" for text in plan.assumptions)]
-    if plan.refusals:
-        lines += ["", "This job would be refused:", *(f"- {text}" for text in plan.refusals)]
-    return "\n".join(lines)
-
-
-def _pass(stage: str, config: JobConfig, prices: Prices, lake: LakeSize, gflop: float) -> StagePlan:
-    """A pass of a network over the lake, with as many decoding cores as its actors can use."""
-    embed = config.resources.embed
-    forward_s = lake.rows * gflop / (embed.max_actors * _gflop_per_s(prices.rates, embed.gpus, embed.cpus))
-    decode_core_s = lake.size_bytes / (prices.rates.decode_mb_per_s_per_core * 1e6)
-    # No more tasks can decode at once than there are chunks.
-    decoders = max(1, min(lake.chunks, math.ceil(decode_core_s / max(forward_s, 1.0))))
-    seconds = max(forward_s, decode_core_s / decoders)
-    cpus = embed.max_actors * embed.cpus + decoders * config.resources.decode.cpus
-    return _stage(stage, lake.rows, seconds, prices, cpus=cpus, gpus=embed.max_actors * embed.gpus)
-
-
-def _stage(stage: str, images: int, seconds: float, prices: Prices, *, cpus: float, gpus: float) -> StagePlan:
-    cpu, gpu = prices.nodes.cpu, prices.nodes.gpu
-    gpu_nodes = math.ceil(gpus / gpu.gpus) if gpus > 0 else 0
-    cpu_nodes = max(0, math.ceil((cpus - gpu_nodes * gpu.cpus) / cpu.cpus))
-    per_hour = cpu_nodes * cpu.price_per_hour + gpu_nodes * gpu.price_per_hour
-    return StagePlan(
-        stage=stage,
-        images=images,
-        seconds=round(seconds, 1),
-        cpu_nodes=cpu_nodes,
-        gpu_nodes=gpu_nodes,
-        cost=round(per_hour * seconds / 3600, 2),
+def _reckon(
+    config: JobConfig,
+    prices: Prices,
+    lake: LakeSize,
+    labeled: int,
+    networks: tuple[NetworkSize, NetworkSize],
+    measured: Measured | None,
+    deadline_hours: float | None,
+) -> tuple[_Reckoned, list[PuRayError]]:
+    """All that follows from the inputs, and why the nodes of the table could not run it."""
+    per_image = estimate.image_seconds(config, prices, lake, *networks, measured)
+    work = estimate.loads(config, prices, lake, labeled, per_image)
+    stages = tuple(estimate.plan_stage(load, load.pool, prices) for load in work)
+    found, misfits = memory.check(config, prices, lake, networks[0], work, stages)
+    interrupted = spot.reckon(work, stages, prices)
+    warnings = [*found.warnings, *_spot_warnings(config, work, interrupted)]
+    pools = pools_spot = None
+    if deadline_hours is not None:
+        finest = estimate.loads(config, prices, lake, labeled, per_image, finest=True)
+        pools = deadline.meet(finest, prices, deadline_hours)
+        pools_spot = spot.reckon(finest, pools.stages, prices)
+        if not misfits:
+            # Fuller nodes than the job's own pools make.
+            crowded = memory.check(config, prices, lake, networks[0], finest, pools.stages)[1]
+            warnings += [f"with the deadline's pools {refusal.problem}: {refusal.got}" for refusal in crowded]
+    reckoned = _Reckoned(
+        rates=tuple(_rates(config, per_image, measured)),
+        stages=stages,
+        spot=interrupted,
+        deadline=pools,
+        deadline_spot=pools_spot,
+        memory=found,
+        assumptions=tuple(_assumptions(config, prices, lake, networks, measured)),
+        warnings=tuple(warnings),
     )
+    return reckoned, misfits
 
 
-def _gflop_per_s(rates: Rates, gpus: float, cpus: float) -> float:
-    return gpus * rates.gpu_tflop_per_s * 1000 if gpus > 0 else cpus * rates.cpu_core_gflop_per_s
+def _rates(config: JobConfig, per_image: ImageSeconds, measured: Measured | None) -> Iterator[Rate]:
+    def rate(what: str, gpus: float, each_s: float, known: bool) -> Rate:
+        device = "gpu" if gpus > 0 else "core"
+        source = "measured" if known else "table"
+        return Rate(what=what, device=device, images_per_s=1 / max(each_s, 1e-12), source=source)
+
+    seen = measured is not None and measured.teacher_images_per_s is not None
+    embed, train = config.resources.embed.gpus, config.resources.train.gpus
+    yield rate("read and decode", 0, per_image.decode, measured is not None)
+    yield rate("teacher", embed, per_image.teacher, seen)
+    if config.scorer.features == "finetuned":
+        yield rate("fit of the scorer", train, per_image.fit, False)
+    if config.distill.soft_labels == "loop":
+        yield rate("teacher in distillation", train, per_image.lesson, seen and (embed > 0) == (train > 0))
+    yield rate("student in distillation", train, per_image.student, False)
 
 
 def _assumptions(
-    config: JobConfig, prices: Prices, lake: LakeSize, teacher_gflop: float, student_gflop: float
+    config: JobConfig,
+    prices: Prices,
+    lake: LakeSize,
+    networks: tuple[NetworkSize, NetworkSize],
+    measured: Measured | None,
 ) -> Iterable[str]:
-    yield f"{teacher_gflop:.2f} GFLOP per image of the teacher and {student_gflop:.2f} of the student, counted"
-    yield "rates and prices of cluster/prices.yaml, many of them assumptions and placeholders: edit it"
+    teacher, student = networks
+    yield f"{teacher.gflop:.3g} GFLOP per image of the teacher and {student.gflop:.3g} of the student, counted"
+    yield "rates and prices of the price table, many of them assumptions and placeholders: edit it"
+    if measured is not None:
+        yield from _measured(config, measured)
     yield "the largest pools the job allows (resources.embed.max_actors, distill.workers), up for the whole stage"
     if prices.start_s:
-        yield f"{_duration(prices.start_s)} once until the first nodes are up, not billed here"
+        yield f"{duration(prices.start_s)} once until the first nodes are up, not billed here"
+    yield (
+        f"spot nodes at {prices.spot.price_frac:.0%} of the price, {prices.spot.interruptions_per_node_hour:g} "
+        "interruptions per node-hour"
+    )
     if not lake.exact:
         yield f"images and chunks projected by bytes from {lake.sampled_shards} of {lake.shards:,} shards"
+    if config.features.cascade:
+        yield "what the cascade spares is not known before it is fitted, and left out"
     if config.selection.budget is None and config.scorer.prior == "auto":
         yield f"{prices.assumed_prior:.0%} of the lake mined (assumed_prior): the run estimates the prior"
+
+
+def _measured(config: JobConfig, measured: Measured) -> Iterable[str]:
+    yield (
+        f"measured here on {measured.images:,} images ({measured.broken:,} more unusable): "
+        f"{measured.decode_mb_per_s:.3g} MB/s of one core read and decoded"
+    )
+    if measured.read_mb_per_s < measured.decode_mb_per_s:
+        yield (
+            f"the storage gave {measured.read_mb_per_s:.3g} MB/s at a time, less than a core decodes: where nodes are "
+            "no nearer to it, they wait for it longer than reckoned"
+        )
+    if measured.teacher_images_per_s is None:
+        yield "no GPU here, and the job's actors have one: the teacher's rate is the table's"
+    else:
+        yield f"the teacher measured here on {measured.teacher_images:,} images, one {measured.device}"
+    if config.features.cascade:
+        yield "measured without the cascade's gate"
+
+
+def _spot_warnings(config: JobConfig, work: Sequence[Load], found: SpotPlan) -> Iterator[str]:
+    for load, stage in zip(work, found.stages, strict=True):
+        if load.stage != "distill" or stage.interruptions is None:
+            continue
+        if stage.interruptions > config.distill.max_failures:
+            yield (
+                f"on spot nodes distill expects {stage.interruptions:.1f} interruptions, and "
+                f"{config.distill.max_failures} that were not announced end it: raise distill.max_failures"
+            )
 
 
 def _need(requirement: preflight.Requirement) -> Need:
@@ -411,6 +393,151 @@ def _spread(shards: list[Shard], most: int) -> list[Shard]:
     return [shards[index * len(shards) // most] for index in range(most)]
 
 
+# -- showing -----------------------------------------------------------------------------------------------
+
+
+def render(plan: Plan) -> str:
+    """Tables for people, at most 100 columns but for what the job itself brings (URIs, refusals)."""
+    lines = [f"plan of {plan.name}, published to {plan.output}"]
+    if plan.lake is not None:
+        lake = plan.lake
+        how = "counted" if lake.exact else f"projected from {lake.sampled_shards} shards"
+        lines.append(
+            f"lake: {lake.rows:,} images ({how}), {lake.shards:,} shards, {_bytes(lake.size_bytes)}, "
+            f"{lake.chunks:,} chunks"
+        )
+    lines += ["", f"{'needs at once':<16}{'CPU':>8}{'GPU':>8}{'memory':>12}"]
+    lines += [f"{need.stage:<16}{need.cpus:>8g}{need.gpus:>8g}{need.memory_gib:>8.3g} GiB" for need in plan.needs]
+    if plan.rates:
+        lines += ["", f"{'images/s of one':<26}{'':<6}{'':>10}  from"]
+        lines += [
+            f"{rate.what:<26}{_device(rate.device):<6}{_number(rate.images_per_s):>10}  {_source(rate, plan.measured)}"
+            for rate in plan.rates
+        ]
+    if plan.stages:
+        lines += ["", *_table(plan.stages, plan.currency, plan.seconds, plan.cost)]
+        assert plan.spot is not None
+        lines.append(_spot_line(plan.spot, plan.currency))
+    if plan.deadline is not None:
+        assert plan.deadline_spot is not None
+        lines += ["", *_deadline_lines(plan.deadline, plan.deadline_spot, plan)]
+    if plan.memory is not None:
+        lines += ["", *_memory_lines(plan.memory)]
+    if plan.stages:
+        lines += ["", "The estimate rests on:", *_bullets(plan.assumptions)]
+    if plan.warnings:
+        lines += ["", "Warnings:", *_bullets(plan.warnings)]
+    if plan.refusals:
+        lines += ["", "This job would be refused:", *(f"- {text}" for text in plan.refusals)]
+    return "\n".join(lines)
+
+
+def _table(stages: Sequence[StagePlan], currency: str, seconds: float, cost: float) -> Iterator[str]:
+    widths = (14, 14, 9, 11, 11, 9, 9, 11)
+
+    def row(name: str, *cells: str) -> str:
+        return f"{name:<12}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    yield row("stage", "images", "pool", "time", "CPU nodes", "GPU nodes", "GPU-h", "core-h", currency)
+    for stage in stages:
+        yield row(
+            stage.stage,
+            f"{stage.images:,}",
+            _members(stage.pool, stage.unit),
+            duration(stage.seconds),
+            f"{stage.cpu_nodes:,}",
+            f"{stage.gpu_nodes:,}",
+            _number(stage.gpu_hours),
+            _number(stage.cpu_hours),
+            f"{stage.cost:,.2f}",
+        )
+    yield row(
+        "all",
+        "",
+        "",
+        duration(seconds),
+        f"{max(stage.cpu_nodes for stage in stages):,}",
+        f"{max(stage.gpu_nodes for stage in stages):,}",
+        _number(sum(stage.gpu_hours for stage in stages)),
+        _number(sum(stage.cpu_hours for stage in stages)),
+        f"{cost:,.2f}",
+    )
+
+
+def _spot_line(expected: SpotPlan, currency: str) -> str:
+    if (
+        expected.seconds is None
+        or expected.cost is None
+        or expected.extra_seconds is None
+        or expected.extra_cost is None
+    ):
+        stuck = ", ".join(stage.stage for stage in expected.stages if stage.extra_seconds is None)
+        return f"on spot nodes: {stuck} would not end, interruptions come faster than the work"
+    lost = f"{duration(expected.extra_seconds)}, {expected.extra_cost:,.2f} {currency}"
+    return (
+        f"on spot nodes: {duration(expected.seconds)}, {expected.cost:,.2f} {currency}; of this "
+        f"{expected.interruptions:.2g} expected interruptions take {lost}"
+    )
+
+
+def _deadline_lines(pools: DeadlinePlan, expected: SpotPlan, plan: Plan) -> Iterator[str]:
+    own = "ends in time" if plan.seconds <= 3600 * pools.hours else f"takes {duration(plan.seconds)}"
+    if not pools.met:
+        fastest = f"within its bounds it takes {duration(pools.seconds)}"
+        yield f"deadline {pools.hours:g} h: CANNOT BE MET; {fastest}"
+        yield from _bullets(pools.limits)
+    else:
+        yield f"deadline {pools.hours:g} h: met with these pools (the job as it is {own})"
+    yield from _table(pools.stages, plan.currency, pools.seconds, pools.cost)
+    yield _spot_line(expected, plan.currency)
+    if pools.met and (expected.seconds is None or expected.seconds > 3600 * pools.hours):
+        yield "on spot nodes the expected end is after the deadline: plan for an earlier one"
+    for change in pools.settings:
+        if change.value > change.now:
+            yield f"set {change.setting} = {change.value:,} (now {change.now:,})"
+        else:
+            yield f"{change.setting} = {change.value:,} would do (now {change.now:,})"
+
+
+def _memory_lines(found: MemoryCheck) -> Iterator[str]:
+    yield "memory by estimate, of what there is"
+    for use in found.processes:
+        parts = " + ".join(f"{size:.2g} {name}" for name, size in use.parts_gib.items() if size >= 0.005)
+        yield f"  {use.what:<20}{use.needs_gib:>7.2f} of {use.declared_gib:g} GiB  ({parts})"
+    for node in found.nodes:
+        held = [_members(node.actors, "actors")] if node.actors else []
+        held += [_members(node.decoders, "decoding tasks")] if node.decoders else []
+        held += [f"{node.store_gib:.2g} GiB of blocks"] if node.store_gib else []
+        name = f"the fullest {node.node.upper()} node"
+        yield f"  {name:<20}{node.needs_gib:>7.2f} of {node.memory_gib:g} GiB  ({', '.join(held)})"
+
+
+def _bullets(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from textwrap.wrap(
+            text, _WIDTH, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+
+
+def _members(count: int, unit: str) -> str:
+    return f"{count:,} {unit if count != 1 else unit.removesuffix('s')}"
+
+
+def _device(device: str) -> str:
+    return device.upper() if device == "gpu" else device
+
+
+def _source(rate: Rate, measured: Measured | None) -> str:
+    if rate.source == "table" or measured is None:
+        return "the price table"
+    images = measured.images if rate.what == "read and decode" else measured.teacher_images
+    return f"measured here on {images:,} images"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _bytes(size: int) -> str:
     value, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
@@ -418,9 +545,3 @@ def _bytes(size: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.3g} {unit}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
