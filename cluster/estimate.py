@@ -321,7 +321,7 @@ def _pass(stage: str, config: JobConfig, images: int, per_image: ImageSeconds, c
         unit="actors",
         setting="resources.embed.max_actors",
         fewest=embed.min_actors,
-        pool=embed.max_actors,
+        pool=config.resources.most_actors,
         chunks=chunks,
         most=most,
     )
@@ -349,7 +349,7 @@ def _distill(config: JobConfig, taught: int, per_image: ImageSeconds) -> Load:
     steps = min(steps, settings.max_steps or steps)
     lesson = per_image.lesson if settings.soft_labels == "loop" else 0.0
     step_s = settings.batch_size * (per_image.student + lesson)
-    most = settings.workers if isinstance(settings.workers, int) else settings.workers[1]
+    most = settings.most_workers
     return _training(
         "distill",
         config,

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 from ray.util.placement_group import placement_group, remove_placement_group
 
 Resources = Mapping[str, float]

@@ -27,7 +27,7 @@ from cluster.estimate import (
 from cluster.memory import MemoryCheck
 from cluster.prices import Prices, Table
 from cluster.spot import SpotPlan
-from pu_ray.config import JobConfig
+from pu_ray.config import JobConfig, LimitsConfig
 from pu_ray.errors import ConfigError, DataError, PuRayError
 from pu_ray.progress import Progress
 from pu_ray.storage import Storage
@@ -250,7 +250,8 @@ def _list(config: JobConfig, progress: Progress) -> list[Shard]:
 
 def _with_any_pool(config: JobConfig) -> JobConfig:
     embed = config.resources.embed.model_copy(update={"max_actors": _ANY_ACTORS})
-    return config.model_copy(update={"resources": config.resources.model_copy(update={"embed": embed})})
+    pools = config.resources.model_copy(update={"embed": embed, "limits": LimitsConfig()})
+    return config.model_copy(update={"resources": pools})
 
 
 def _reckon(

@@ -228,8 +228,9 @@ def probe_output(uri: str) -> None:
 
 
 def _check_nodes(config: JobConfig) -> None:
-    uses_gpus = config.features.engine != "onnx" and config.resources.embed.gpus > 0 or config.resources.train.gpus > 0
-    found = node_checks.problems(node_checks.ask_all(config.output, config.lake.uri), needs_gpus=uses_gpus)
+    embeds = config.features.engine != "onnx" and config.resources.embed.gpus > 0
+    asked = node_checks.ask_all(config.output, config.lake.uri)
+    found = node_checks.problems(asked, needs_gpus=embeds or config.resources.train.gpus > 0)
     if found:
         raise ClusterError(
             "not every node could do its part of this job",
@@ -257,8 +258,8 @@ def _ask_autoscaler(requirements: Sequence[Requirement], capacity: Capacity) -> 
                 for stage, part in homeless
                 if part.each in refused
             ),
-            hint="lower the settings named above, or add a kind of node to the cluster's file; a kind whose `resources` "
-            "name no memory offers none",
+            hint="lower the settings named above, or add a kind of node to the cluster's file; a kind whose "
+            "`resources` name no memory offers none",
         )
 
 

@@ -16,11 +16,12 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tenacity
 import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -36,6 +37,7 @@ ENTRYPOINT = f"python -m pu_ray run {JOB_FILE} --json"
 _PACKAGES = ("pu_ray", "serving", "cluster")
 _DIGEST_CHARACTERS = 12
 _POLL_S = 2.0
+_PATIENCE_S = 60.0  # a head under load, a port-forward that is opened anew
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,16 @@ def submission_id(config: JobConfig) -> str:
     return f"pu-ray-{config.name}-{digest(settings)[:_DIGEST_CHARACTERS]}"
 
 
-def submit(config: JobConfig, address: str | None, *, wait: bool) -> SubmissionResult:
+def submit(
+    config: JobConfig, address: str | None, *, wait: bool, say: Callable[[str], None] | None = None
+) -> SubmissionResult:
     """Start the job on a cluster, unless it is running there.
 
     Args:
         config: The job, overrides applied.
         address: The dashboard's URL (port 8265); None: `RAY_API_SERVER_ADDRESS`, else this machine.
         wait: Return when the job has ended, not when it was accepted. Interrupting the wait leaves the job running.
+        say: Gets what the job narrates meanwhile, line by line.
 
     Raises:
         ConfigError: A path that only means something on this machine.
@@ -95,10 +100,54 @@ def submit(config: JobConfig, address: str | None, *, wait: bool) -> SubmissionR
                     metadata={"pu-ray": pu_ray.__version__, "job": config.name},
                 )
         details = _get(client, wanted)
-        while wait and not details.status.is_terminal():
-            time.sleep(_POLL_S)
-            details = _get(client, wanted)
+        if wait:
+            details = _follow(client, details, say)
     return _result(wanted, action, details)
+
+
+def _follow(client: JobSubmissionClient, details: JobDetails, say: Callable[[str], None] | None) -> JobDetails:
+    """Wait for the end of a job; a head that cannot be reached for a moment does not end the wait."""
+    wanted = details.submission_id
+    assert wanted is not None
+    patiently = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError),  # also what requests raises
+        stop=tenacity.stop_after_delay(_PATIENCE_S),
+        wait=tenacity.wait_fixed(_POLL_S),
+        reraise=True,
+    )
+    narration = Narration()
+    if say is not None:
+        # The log begins with what earlier attempts said, or this one before somebody else came to wait for it.
+        narration.lines(client.get_job_logs(wanted))
+    while True:
+        ended = details.status.is_terminal()
+        if say is not None:
+            for line in narration.lines(patiently(client.get_job_logs, wanted)):
+                say(line)
+        if ended:
+            return details
+        time.sleep(_POLL_S)
+        details = patiently(_get, client, wanted)
+
+
+class Narration:
+    """What is new in a job's log since the last look, without the JSON that the entrypoint prints for machines."""
+
+    def __init__(self) -> None:
+        self._read = 0
+        self._in_json = False
+
+    def lines(self, log: str) -> list[str]:
+        """Whole lines that were not there before."""
+        end = log.rfind("\n") + 1
+        fresh, self._read = log[self._read : end], max(self._read, end)
+        told = []
+        for line in fresh.splitlines():
+            if line in ("{", "}"):
+                self._in_json = line == "{"
+            elif not self._in_json:
+                told.append(line)
+        return told
 
 
 def status(submission_id: str, address: str | None) -> SubmissionResult:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -410,6 +411,11 @@ class DistillConfig(_Section):
         """The number of workers without which training does not start."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
+    @property
+    def most_workers(self) -> int:
+        """The number of workers beyond which training does not grow."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
 
 class GateConfig(_Section):
     """What a student must reach, else exit 5 and no export."""
@@ -532,6 +538,13 @@ class TrackingConfig(_Section):
     experiment: str = Field(default="pu-ray", min_length=1, description="The MLflow experiment.")
 
 
+class LimitsConfig(_Section):
+    """The most that a job holds at once, however large the cluster may grow: a cap on what an hour of it costs."""
+
+    cpus: PositiveFloat | None = Field(default=None, description="Logical CPUs; default: all there are.")
+    gpus: NonNegativeFloat | None = Field(default=None, description="Logical GPUs; default: all there are.")
+
+
 class ResourcesConfig(_Section):
     """What the stages ask of the cluster."""
 
@@ -539,6 +552,26 @@ class ResourcesConfig(_Section):
     decode: DecodeResources = DecodeResources()
     write: WriteResources = WriteResources()
     train: TrainResources = TrainResources()
+    limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def most_actors(self) -> int:
+        """Size up to which the actor pool may grow, `limits` included."""
+        embed, limits, most = self.embed, self.limits, self.embed.max_actors
+        if limits.gpus is not None and embed.gpus > 0:
+            most = min(most, math.floor(limits.gpus / embed.gpus))
+        if limits.cpus is not None and embed.cpus > 0:
+            most = min(most, math.floor((limits.cpus - self.decode.cpus - self.write.cpus) / embed.cpus))
+        return most
+
+    @model_validator(mode="after")
+    def _limits_leave_room(self) -> Self:
+        if self.most_actors < self.embed.min_actors:
+            raise ValueError(
+                f"limits leave room for {max(0, self.most_actors)} embedding actors beside one task that reads and one "
+                f"that writes, embed.min_actors asks for {self.embed.min_actors}"
+            )
+        return self
 
 
 class JobConfig(_Section):
@@ -581,6 +614,21 @@ class JobConfig(_Section):
     def _the_oracle_knows_the_truth(self) -> Self:
         if "oracle" in (self.selection.rule, *self.evaluation.controls) and self.lake.truth is None:
             raise ValueError("the oracle needs lake.truth, the true class of every lake image")
+        return self
+
+    @model_validator(mode="after")
+    def _training_keeps_to_the_limits(self) -> Self:
+        train, limits = self.resources.train, self.resources.limits
+        pools = {"distill.workers": self.distill.most_workers}
+        if self.scorer.features == "finetuned":
+            pools["scorer.workers"] = self.scorer.workers
+        for setting, workers in pools.items():
+            for name, each, limit in (("gpus", train.gpus, limits.gpus), ("cpus", train.cpus, limits.cpus)):
+                if limit is not None and workers * each > limit:
+                    raise ValueError(
+                        f"{setting} ({workers}) x resources.train.{name} ({each:g}) must not exceed "
+                        f"resources.limits.{name} ({limit:g})"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -245,7 +245,8 @@ def _pipeline(
     local: bool,
 ) -> ray.data.Dataset:
     context = DataContext.get_current()
-    context.execution_options.resource_limits = ExecutionResources()
+    limits = resources.limits
+    context.execution_options.resource_limits = ExecutionResources(cpu=limits.cpus, gpu=limits.gpus)
     context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
     embed, decode = resources.embed, resources.decode
     alone = actor is not None and embed.gpus == 0
@@ -264,7 +265,7 @@ def _pipeline(
             fn_constructor_kwargs=together if alone else dict(actor_arguments),
             compute=ActorPoolStrategy(
                 min_size=min(embed.min_actors, units),
-                max_size=embed.max_actors,
+                max_size=resources.most_actors,
                 max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
                 # A CPU actor that waits for a remote storage works on another block meanwhile.
                 max_concurrent_calls_per_actor=_REMOTE_CALLS if alone and not local else 1,

@@ -253,6 +253,18 @@ WRONG_VALUES = [
     ("export.opset=17", "export.opset (--set)", ["allowed: >= 18", "got: 17"]),
     ("resources.embed.min_actors=5", "resources.embed", ["min_actors (5) must not exceed max_actors (2)"]),
     ("resources.embed.cpus=0", "resources.embed", ["gpus or cpus above 0"]),
+    ("resources.limits.cpus=2", "resources", ["room for 0 embedding actors beside one task", "min_actors asks for 1"]),
+    (
+        "resources={limits: {gpus: 1}, embed: {gpus: 0.5, min_actors: 3, max_actors: 4}}",
+        "resources",
+        ["room for 2 embedding actors", "min_actors asks for 3"],
+    ),
+    (
+        "resources={limits: {gpus: 1}, train: {gpus: 2}}",
+        "job",
+        ["distill.workers (1) x resources.train.gpus (2) must not exceed resources.limits.gpus (1)"],
+    ),
+    ("resources.limits.gpus=-1", "resources.limits.gpus (--set)", ["allowed: >= 0", "got: -1"]),
     ("resources.train.cpus=0", "resources.train.cpus (--set)", ["allowed: > 0", "got: 0"]),
 ]
 
@@ -465,3 +477,18 @@ def test_every_wrong_value_stops_in_under_a_second_without_ray_torch_or_arrow(jo
     # CPU time, so that a busy machine does not fail the test; `in_all` holds the imports and forty loads.
     spent_before = outcome["in_all"] - sum(seconds for _, seconds in outcome["answers"].values())
     assert spent_before + slowest < 1.0
+
+
+@pytest.mark.parametrize(
+    ("resources", "most"),
+    [
+        ({"embed": {"max_actors": 9}}, 9),
+        ({"embed": {"max_actors": 9}, "limits": {"cpus": 5}}, 3),
+        ({"embed": {"max_actors": 9, "cpus": 0.5}, "limits": {"cpus": 5}}, 7),
+        ({"embed": {"max_actors": 9, "gpus": 0.5}, "limits": {"gpus": 3.4}}, 6),
+        ({"embed": {"max_actors": 9, "gpus": 1, "cpus": 0}, "limits": {"gpus": 20, "cpus": 2}}, 9),
+        ({"embed": {"max_actors": 4}, "limits": {"gpus": 0}}, 4),
+    ],
+)
+def test_the_pool_keeps_to_the_limits(resources, most):
+    assert config.ResourcesConfig.model_validate(resources).most_actors == most

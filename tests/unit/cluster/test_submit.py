@@ -23,6 +23,7 @@ class FakeClient:
         self.calls: list[str] = []
         self.packed: dict[str, str] = {}
         self.runtime_env: dict[str, Any] = {}
+        self.log = "all of it"
 
     def put(
         self, submission_id: str, status: JobStatus, message: str | None = None, driver_exit_code: int | None = None
@@ -55,7 +56,7 @@ class FakeClient:
         return not self.jobs[submission_id].status.is_terminal()
 
     def get_job_logs(self, submission_id: str) -> str:
-        return "all of it"
+        return self.log
 
     async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
         for piece in ("one\n", "two\n"):
@@ -108,6 +109,61 @@ def test_waiting_ends_with_the_job_s_own_exit_status(
     monkeypatch.setattr("time.sleep", sleep)
     result = submit.submit(make_job(), None, wait=True)
     assert (result.status, result.exit_status, result.message) == ("FAILED", 5, "gate failed, logs:")
+
+
+def test_waiting_tells_what_the_job_narrates_and_outlives_a_lost_connection(
+    make_job: MakeJob, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = submit.submission_id(make_job())
+    client.put(wanted, JobStatus.FAILED)
+    client.log = "what the attempt before said\n"
+    moments = iter(
+        [
+            (JobStatus.RUNNING, "features: 10 of 100 images\nfeatu"),
+            (None, ""),
+            (JobStatus.RUNNING, "res: 90 of 100 images\n"),
+            (JobStatus.SUCCEEDED, 'report\n{\n  "a": {\n  }\n}\nthe end\n'),
+        ]
+    )
+    jobs = client.list_jobs
+
+    def lost() -> list[JobDetails]:
+        monkeypatch.setattr(client, "list_jobs", jobs)
+        raise ConnectionError("the head is away")
+
+    def sleep(seconds: float) -> None:
+        status, said = next(moments)
+        if status is None:
+            monkeypatch.setattr(client, "list_jobs", lost)
+        else:
+            client.put(wanted, status)
+            client.log += said
+
+    monkeypatch.setattr("time.sleep", sleep)
+    told: list[str] = []
+    result = submit.submit(make_job(), None, wait=True, say=told.append)
+    assert result.status == "SUCCEEDED"
+    assert told == ["features: 10 of 100 images", "features: 90 of 100 images", "report", "the end"]
+
+
+def test_a_head_that_stays_away_ends_the_wait(
+    make_job: MakeJob, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def gone() -> list[JobDetails]:
+        raise ConnectionError("the head is away")
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        monkeypatch.setattr(client, "list_jobs", gone)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with pytest.raises(ClusterError, match="Jobs API") as raised:
+        submit.submit(make_job(), None, wait=True)
+    assert raised.value.got == "the head is away"
+    assert now[0] >= 60
 
 
 def test_a_job_without_an_exit_code_of_its_own_counts_as_the_cluster_s_fault(client: FakeClient) -> None:
