@@ -43,15 +43,17 @@ def _load(job: Path, overrides: list[str] | None) -> ResolvedConfig:
 
 
 @contextmanager
-def _session(job: JobConfig, address: str | None, verbose: bool) -> Iterator[None]:
+def _session(job: JobConfig, address: str | None, verbose: bool, narrator: Narrator) -> Iterator[None]:
     from cluster import preflight
     from cluster.session import ray_session
 
     with ray_session(
         address=address, verbose=verbose, needed_cpus=max(requirement.cpus for requirement in preflight.required(job))
-    ):
+    ) as session:
         _quiet_ray_data(verbose)
-        preflight.check(job)
+        report = preflight.check(job, every_node=session.kind == "connected")
+        for shortage in report.waiting_for:
+            narrator.say(f"waiting for nodes: {shortage}")
         yield
 
 
@@ -65,10 +67,12 @@ def _quiet_ray_data(verbose: bool) -> None:
 def _pipeline(resolved: ResolvedConfig, address: str | None, verbose: bool, quiet: bool) -> Any:
     from pu_ray.pipeline import Pipeline
 
-    def session() -> AbstractContextManager[None]:
-        return _session(resolved.job, address, verbose)
+    narrator = Narrator(quiet)
 
-    return Pipeline(resolved.job, Narrator(quiet), session)
+    def session() -> AbstractContextManager[None]:
+        return _session(resolved.job, address, verbose, narrator)
+
+    return Pipeline(resolved.job, narrator, session)
 
 
 # -- the chain ---------------------------------------------------------------------------------------------
@@ -181,6 +185,88 @@ def _to_judge(drawn: dict[str, Any], job: Path) -> str:
             f"  pu-ray audit {job} --answers {drawn['form']}",
         ]
     )
+
+
+# -- looking back ------------------------------------------------------------------------------------------
+
+Runs = Annotated[
+    list[str], typer.Argument(metavar="RUN", help="Outputs of jobs, or folders with such outputs below them.")
+]
+
+
+@app.command()
+def trace(
+    image: Annotated[
+        str, typer.Argument(metavar="SAMPLE_ID|FILE", help="32 hexadecimal digits, or an image's path or URI.")
+    ],
+    runs: Runs,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Which runs saw an image, chose it, and taught a student with it."""
+    State.verbose = verbose
+    from pu_ray import lineage
+    from pu_ray.storage import Storage
+
+    sample = lineage.sample_of(image)
+    found = []
+    with Narrator(quiet).stage("trace") as progress:
+        for uri in dict.fromkeys(run for given in runs for run in lineage.runs_below(given)):
+            found.append(lineage.trace(Storage(uri), sample, progress))
+    if as_json:
+        print_json([each.model_dump(mode="json") | {"found": each.found} for each in found])
+    else:
+        print(lineage.render_traces(found))
+
+
+@app.command()
+def forget(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The output of a job.")],
+    ids: Annotated[str, typer.Option("--list", metavar="FILE", help="Sample ids, one a line, or a CSV; path or URI.")],
+    apply: Annotated[bool, typer.Option("--apply", help="Do it; without, only say what would happen.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Never choose these images again, and erase the run's copies of them."""
+    State.verbose = verbose
+    from pu_ray import lineage
+    from pu_ray.storage import Storage
+
+    folder, name = Storage(ids).split()
+    samples = lineage.read_ids(folder.read_bytes(name), ids)
+    narrator = Narrator(quiet)
+    State.resume_hint = "run the same command again, and it goes on"
+    with narrator.stage("forget") as progress:
+        done = lineage.forget(run, samples, progress, apply=apply, note=narrator.say)
+    if as_json:
+        print_json(done.model_dump(mode="json"))
+    else:
+        print(lineage.render_forgetting(done, f"pu-ray forget --list {ids} {run} --apply"))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Outputs of jobs, two or more.")],
+    page: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write one page as well, to this path or URI.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """The numbers of several runs side by side, and the settings that differ."""
+    State.verbose = verbose
+    from pu_ray import compare as comparer
+
+    found = comparer.runs(runs)
+    if page is not None:
+        comparer.write_page(page, found)
+    if as_json:
+        settings, notes = comparer.differing(found), comparer.warnings(found)
+        print_json({"runs": found, "differing_settings": settings, "warnings": notes})
+    else:
+        print(comparer.render(found))
 
 
 @app.command()
@@ -307,12 +393,31 @@ SubmissionId = Annotated[str, typer.Argument(metavar="SUBMISSION", help="As prin
 
 
 @app.command()
-def plan(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose = False) -> None:
+def plan(
+    job: Job,
+    set_: Set = None,
+    deadline: Annotated[
+        float | None, typer.Option(metavar="HOURS", help="Which pools end the whole plan in so many hours.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure decoding and the teacher on this machine, on a sample.")
+    ] = False,
+    prices: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="A price table of your own; default: cluster/prices.yaml.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
     """Dry run: the lake's size, what the cluster needs, time and cost, refusals."""
     State.verbose = verbose
     from cluster import plan as planner
+    from cluster import prices as table
 
-    made = planner.make(_load(job, set_).job, planner.load_prices())
+    resolved = _load(job, set_)
+    known = table.load(prices if prices is not None else table.PRICES_FILE)
+    with Narrator(quiet).stage("plan") as progress:
+        made = planner.make(resolved.job, known, progress, deadline_hours=deadline, calibrated=calibrate)
     if as_json:
         print_json(made.model_dump(mode="json"))
     else:
@@ -328,12 +433,14 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Submit the job to a cluster; the same job is never started twice."""
     State.verbose = verbose
     from cluster import submit as jobs
 
-    _say_submission(jobs.submit(_load(job, set_).job, address, wait=wait), as_json)
+    made = jobs.submit(_load(job, set_).job, address, wait=wait, say=Narrator(quiet).say)
+    _say_submission(made, as_json)
 
 
 @app.command()

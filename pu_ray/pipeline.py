@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from pu_ray import config as settings_of
-from pu_ray import gate, lease, manifest
+from pu_ray import gate, lease, lineage, manifest
 from pu_ray.config import JobConfig, NetworkConfig
 from pu_ray.errors import ConfigError, DataError
 from pu_ray.manifest import Manifest
@@ -26,6 +26,7 @@ from pu_ray.storage import Storage, sha256_of
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 _BASE_FILE = "_lake.parquet"  # hidden from listings: the pipeline's own memory
+NOTHING = "none"  # the fingerprint of a source that there is not
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Step:
         needs_ray_if: A dotted setting and the value with which it needs one all the same.
         only_if: Dotted setting and the value without which the step does not exist.
         growing: Steps it reads whose result may grow with the lake without outdating its own: `lake_base` tells.
+        forgets: Whether it must not choose what is on the run's list of forgotten images.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Step:
     outside_if: tuple[str, str, str] | None = None
     only_if: tuple[str, Any] | None = None
     growing: tuple[str, ...] = ()
+    forgets: bool = False
 
     def sources(self, job: JobConfig) -> tuple[str, ...]:
         """The outside sources that this job's step reads."""
@@ -155,6 +158,7 @@ STEPS = (
         "pu_ray.select",
         upstream=("features", "fit", "score"),
         outside=("test",),
+        forgets=True,
         outside_if=("truth", "selection.rule", "oracle"),
         sections=("selection",),
     ),
@@ -315,10 +319,15 @@ class Sources:
         """Content of the test images' metadata, or nothing."""
         return self._content(self._job.evaluation.metadata)
 
+    @cached_property
+    def forgotten(self) -> str:
+        """Which of the lake's images this run must not choose, or nothing."""
+        return lineage.forgotten_digest(Storage(self._job.output)) or NOTHING
+
     @staticmethod
     def _content(uri: str | None) -> str:
         if uri is None:
-            return "none"
+            return NOTHING
         folder, name = Storage(uri).split()
         return sha256_of(folder.read_bytes(name))
 
@@ -345,6 +354,9 @@ def identities(job: JobConfig, sources: Sources, shared: Known | None = None) ->
             # Without a cache the features are a sample for the fit, and as good as ever when the lake grows.
             sampled = step.name == "features" and not job.features.cache
             inputs = {name: sources["lake_base" if sampled and name == "lake" else name] for name in step.sources(job)}
+            if step.forgets and sources["forgotten"] != NOTHING:
+                # Only then: what was chosen before anybody asked is as good as ever.
+                inputs["forgotten"] = sources["forgotten"]
             inputs |= {name: result[name][0] for name in step.upstream if name in result and name not in step.growing}
             settings = {path: job.section(path) for path in step.sections}
             result[step.name] = (manifest.identity(step.name, settings, inputs, job.seed), inputs)
@@ -565,11 +577,12 @@ class Pipeline:
         identity = settings_of.digest({"steps": state, "controls": controls, "audit": audit})
         if self.storage.kind(SUMMARY_FILE) == "file" and self.storage.kind(REPORT_FILE) == "file":
             present: dict[str, Any] = self.storage.read_json(SUMMARY_FILE)
-            if present.get("identity") == identity:
+            if present.get("identity") == identity and "settings" in present:
                 return present
         evaluation = self.job.evaluation.model_copy(update={"controls": tuple(controls)})
         job = self.job.model_copy(update={"evaluation": evaluation})
-        summary = report.summarise(job, self.storage, current, len(self._steps)) | {"identity": identity}
+        summary = report.summarise(job, self.storage, current, len(self._steps))
+        summary |= {"settings": _settings(self.job), "identity": identity}
         self.storage.write_bytes(REPORT_FILE, report.render(self.job, self.storage, summary).encode())
         self.storage.write_json(SUMMARY_FILE, summary)
         return summary
@@ -656,6 +669,12 @@ def check_networks(job: JobConfig, roles: Sequence[str] = ("teacher", "student")
         except ConfigError as error:
             where = str(error.where) if str(error.where).startswith("teacher.") else f"{setting}.{error.where}"
             raise ConfigError(error.problem, **(error.as_dict() | {"where": where})) from error
+
+
+def _settings(job: JobConfig) -> dict[str, Any]:
+    """Every setting by its dotted path, for `pu-ray compare`; a tracking server's URI may hold a password."""
+    values = settings_of.ResolvedConfig(job, {}).values()
+    return {path: value for path, value, _ in values if not path.startswith("tracking.")}
 
 
 def _in_words(published: Manifest) -> str:

@@ -5,29 +5,28 @@ The page is one file without external requests: pictures and plots are inlined.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from pu_ray import images, lake, ledger, manifest, schema
+from pu_ray import images, lake, ledger, lineage, manifest, page, schema
 from pu_ray.config import JobConfig
 from pu_ray.manifest import Manifest
+from pu_ray.page import BLUE, GREY, ORANGE
+from pu_ray.page import inline as _inline
+from pu_ray.page import plot as _plot
 from pu_ray.storage import Storage
 
 _SHEET_IMAGES = 12
 _MOST_CLASSES = 20
 _TILE_PX = 56
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 # -- summary.json ------------------------------------------------------------------------------------------
@@ -181,17 +180,11 @@ class Sheet:
 
 def render(job: JobConfig, storage: Storage, summary: Mapping[str, Any]) -> str:
     """The page, as far as the run has come."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda rate: f"{100 * rate['value']:.2f} %"
-    environment.filters["interval"] = lambda rate: f"{100 * rate['low']:.2f} to {100 * rate['high']:.2f}"
-    template = environment.get_template("report.html.j2")
     selected = manifest.read(storage.child("selection"))
     distilled = manifest.read(storage.child("student"))
     fitted = manifest.read(storage.child("scorer"))
     evaluated = manifest.read(storage.child("evaluation"))
-    return template.render(
+    return page.template("report.html.j2").render(
         job=job,
         summary=summary,
         sheets=_sheets(job, storage, fitted.facts["classes"])
@@ -219,37 +212,6 @@ def render(job: JobConfig, storage: Storage, summary: Mapping[str, Any]) -> str:
     )
 
 
-def _inline(picture: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
-
-
-# Plots use one colour per meaning, and colours that work on a light and on a dark page.
-_BLUE, _ORANGE, _GREY = "#3b7dd8", "#e0822e", "#8a8f98"
-
-
-def _plot(draw: Any, width: float = 7.2, height: float = 2.6) -> str:
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    draw(axes)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(colors=_GREY)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color(_GREY)
-    for text in (axes.xaxis.label, axes.yaxis.label):
-        text.set_color(_GREY)
-    buffer = io.BytesIO()
-    # Neither a creation date nor random ids: the same run gives the same page.
-    with matplotlib.rc_context({"svg.hashsalt": "pu-ray"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(buffer.getvalue(), "svg+xml")
-
-
 def _score_plot(storage: Storage, summary: Mapping[str, Any]) -> str:
     scorer = storage.child("scorer")
     positive = scorer.read_table("calibration.parquet")[schema.SCORE].to_numpy()
@@ -260,8 +222,8 @@ def _score_plot(storage: Storage, summary: Mapping[str, Any]) -> str:
 
     def draw(axes: Any) -> None:
         for values, colour, label in (
-            (unlabeled, _GREY, "lake (held-out sample)"),
-            (positive, _BLUE, "labeled (calibration)"),
+            (unlabeled, GREY, "lake (held-out sample)"),
+            (positive, BLUE, "labeled (calibration)"),
         ):
             axes.hist(
                 np.clip(values, low, high),
@@ -272,11 +234,11 @@ def _score_plot(storage: Storage, summary: Mapping[str, Any]) -> str:
                 label=label,
             )
         if summary.get("threshold") is not None:
-            axes.axvline(summary["threshold"], color=_ORANGE, label="threshold")
+            axes.axvline(summary["threshold"], color=ORANGE, label="threshold")
         axes.set_xlabel("score")
         axes.set_ylabel("% of images")
         axes.set_yscale("symlog", linthresh=1)
-        axes.legend(frameon=False, labelcolor=_GREY)
+        axes.legend(frameon=False, labelcolor=GREY)
 
     return _plot(draw)
 
@@ -288,13 +250,13 @@ def _balance_plot(classes: Sequence[str], selected: Manifest) -> str:
 
     def draw(axes: Any) -> None:
         places = np.arange(len(order))
-        axes.bar(places - 0.2, before[order], 0.4, color=_GREY, label="above the threshold")
-        axes.bar(places + 0.2, after[order], 0.4, color=_BLUE, label="selected")
+        axes.bar(places - 0.2, before[order], 0.4, color=GREY, label="above the threshold")
+        axes.bar(places + 0.2, after[order], 0.4, color=BLUE, label="selected")
         if len(classes) <= _MOST_CLASSES:
             axes.set_xticks(places, [classes[k] for k in order])
         axes.set_xlabel("class, as the teacher sees it")
         axes.set_ylabel("images")
-        axes.legend(frameon=False, labelcolor=_GREY)
+        axes.legend(frameon=False, labelcolor=GREY)
 
     return _plot(draw)
 
@@ -304,11 +266,11 @@ def _learning_plot(storage: Storage) -> str:
     steps = [record["step"] for record in history["validations"]]
 
     def draw(axes: Any) -> None:
-        axes.plot(steps, [100 * record["validation_accuracy"] for record in history["validations"]], "o-", color=_BLUE)
-        axes.axvline(history["best_step"], color=_ORANGE, linewidth=1, label="kept")
+        axes.plot(steps, [100 * record["validation_accuracy"] for record in history["validations"]], "o-", color=BLUE)
+        axes.axvline(history["best_step"], color=ORANGE, linewidth=1, label="kept")
         axes.set_xlabel("optimiser steps")
         axes.set_ylabel("% right, held-out labeled")
-        axes.legend(frameon=False, labelcolor=_GREY)
+        axes.legend(frameon=False, labelcolor=GREY)
 
     return _plot(draw)
 
@@ -316,8 +278,10 @@ def _learning_plot(storage: Storage) -> str:
 def _sheets(job: JobConfig, storage: Storage, classes: Sequence[str]) -> list[tuple[str, list[Sheet]]]:
     """Contact sheets: per class the surest, the borderline and random ones; and what was just rejected."""
     mined = storage.child("mined")
-    columns = [schema.SCORE, schema.PREDICTED, schema.ORDER, schema.BYTES]
+    columns = [schema.SAMPLE_ID, schema.SCORE, schema.PREDICTED, schema.ORDER, schema.BYTES]
     table = pa.concat_tables(mined.read_table(file, columns) for file in ledger.data_files(mined))
+    hidden = lineage.not_to_be_shown(storage)
+    table = table.filter(pa.array([sample not in hidden for sample in table[schema.SAMPLE_ID].to_pylist()], pa.bool_()))
     sheets = []
     classified = np.unique(table[schema.PREDICTED].to_numpy())
     for k in classified[classified != schema.NO_CLASS][:_MOST_CLASSES]:
@@ -332,18 +296,17 @@ def _sheets(job: JobConfig, storage: Storage, classes: Sequence[str]) -> list[tu
         }
         pictures = [_sheet(title, part[schema.BYTES].to_pylist(), job) for title, part in choices.items()]
         sheets.append((f"{classes[k]} ({rows.num_rows:,})", pictures))
-    rejected = _just_rejected(job, storage)
+    rejected = _just_rejected(job, storage, hidden)
     if rejected:
         sheets.append(("just below the threshold, or left out", [_sheet("rejected", rejected, job)]))
     return sheets
 
 
-def _just_rejected(job: JobConfig, storage: Storage) -> list[bytes]:
-    """Encoded images with the highest scores among those that were not chosen."""
+def _just_rejected(job: JobConfig, storage: Storage, hidden: Set[bytes] = frozenset()) -> list[bytes]:
+    """Encoded images with the highest scores among those that were not chosen and are not hidden."""
     scores = storage.child("scores")
-    chosen = set(
-        storage.child("selection").read_table("selection.parquet", [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_pylist()
-    )
+    selected = storage.child("selection").read_table("selection.parquet", [schema.SAMPLE_ID])[schema.SAMPLE_ID]
+    chosen = {*hidden, *selected.to_pylist()}
     best: list[tuple[float, bytes, str, int]] = []
     wanted = [schema.SAMPLE_ID, schema.SHARD, schema.ROW, schema.SCORE, schema.ERROR]
     for file in ledger.data_files(scores):

@@ -1,9 +1,10 @@
 """Stage `select`: choose the lake images that teach the student, without touching the lake again.
 
 A cheap second pass over `scores/`: a threshold with its promise, then one image per content, none that the customer
-labeled, none that the student will be judged on (exact copies by content hash, near copies by thumbnail), no near
-copies of each other, then balance between the classes. The controls of a benchmark are rules like any other: what they
-rank by is in `scores/` too. Writes `selection/`: selection.parquet, left_out.parquet.
+labeled, none that the student will be judged on (exact copies by content hash, near copies by thumbnail), none that the
+run has to forget (found likewise), no near copies of each other, then balance between the classes. The controls of a
+benchmark are rules like any other: what they rank by is in `scores/` too. Writes `selection/`: selection.parquet,
+left_out.parquet.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pu_ray import balance, duplicates, images, lake, ledger, manifest, schema
+from pu_ray import balance, duplicates, images, lake, ledger, lineage, manifest, schema
 from pu_ray.config import THRESHOLD_RULES, JobConfig, SelectionConfig
 from pu_ray.errors import DataError
 from pu_ray.manifest import Manifest, Publication
@@ -218,12 +219,12 @@ def _rows_of(wanted: pa.Table, storage: Storage, column: str) -> Iterator[pa.Tab
 
 
 def _near_leaks(thumbnails: Storage, rows: pa.Table, evaluation: images.Pixels, correlation: float) -> set[bytes]:
-    """Contents among the rows whose stored thumbnails nearly equal an evaluation image's.
+    """Contents among the rows whose stored thumbnails nearly equal one that must not be mined.
 
     Args:
         thumbnails: The artifact that holds them: the features, or without a cache the scores.
         rows: Whom to compare.
-        evaluation: Thumbnails of the evaluation images.
+        evaluation: Thumbnails of the evaluation images, or of the forgotten ones.
         correlation: From which on two are copies.
     """
     leaks: set[bytes] = set()
@@ -267,7 +268,8 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     labeled = scorer.read_table("labeled.parquet", [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_pylist()
     evaluation = lake.read_labeled(config.test.uri, classes)
     only = _true_positives(config) if settings.rule == "oracle" else None
-    known = _known(labeled, evaluation)
+    forgotten = set(lineage.forgotten(Storage(config.output)))  # a control forgets what its job does
+    known = _known(labeled, evaluation) | dict.fromkeys(forgotten, "forgotten")
     candidates, why_not = _candidates(scores, settings, cut_K, config.seed, known, only, progress)
     passed = candidates.num_rows + len(why_not)
     miniatures = images.thumbnails(evaluation.pixels(config.teacher.preprocessing, config.test.uri))
@@ -275,6 +277,12 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     near = _near_leaks(thumbnails, candidates, miniatures, settings.near_copy_correlation)
     why_not |= dict.fromkeys(sorted(near), "near_leak")
     kept = _without(candidates, near)
+    if forgotten:
+        # Or a copy would step into the place of what was forgotten.
+        miniatures = lineage.thumbnails_of(forgotten, thumbnails)
+        alike = _near_leaks(thumbnails, kept, miniatures, settings.near_copy_correlation)
+        why_not |= dict.fromkeys(sorted(alike), "near_forgotten")
+        kept = _without(kept, alike)
     if settings.prefer == "spread" and settings.budget is not None and kept.num_rows:
         keys = _spread_keys(kept, storage.child("features"), settings.budget, config.seed)
         kept = kept.set_column(kept.schema.get_field_index(_KEY), _KEY, keys)
@@ -298,7 +306,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     target.write_table("selection.parquet", _ordered(chosen, settings.rule, config.seed))
     reasons = {
         reason: sum(value == reason for value in why_not.values())
-        for reason in ("labeled", "leak", "near_leak", "near_duplicate")
+        for reason in ("labeled", "leak", "near_leak", "near_duplicate", "forgotten", "near_forgotten")
     }
     left_out = pa.table(
         {

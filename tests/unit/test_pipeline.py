@@ -24,7 +24,7 @@ from pu_ray.storage import Storage
 ALL = [step.name for step in STEPS if step.only_if is None]
 SOURCES = {
     name: f"{name} as it is" for name in ("teacher", "lake", "lake_base", "labeled", "test", "truth", "metadata")
-}
+} | {"forgotten": pipeline.NOTHING}
 
 
 def identities(made: JobConfig, sources: dict[str, str] | None = None) -> dict[str, str]:
@@ -149,6 +149,23 @@ def test_changing_a_setting_changes_exactly_the_steps_that_depend_on_it(tmp_path
 def test_changing_a_source_changes_exactly_the_steps_that_depend_on_it(source, first):
     after = identities(job(), {**SOURCES, source: "changed"})
     assert changed(identities(job()), after) == DEPENDENTS[first]
+
+
+def test_forgetting_redoes_the_choice_and_what_came_of_it_in_the_job_and_its_controls():
+    after = {**SOURCES, "forgotten": "a list"}
+    assert changed(identities(job()), identities(job(), after)) == DEPENDENTS["select"]
+    assert pipeline.identities(job(), after)["select"][1]["forgotten"] == "a list"
+    made = pipeline.control_job(job(), "random", 8)
+    assert changed(identities(made), identities(made, after)) == DEPENDENTS["select"]
+
+
+def test_a_run_forgets_what_its_list_says_and_remembers_when_it_is_gone(tmp_path):
+    made, storage = job(tmp_path), Storage(f"{tmp_path}/run")
+    assert pipeline.Sources(made).forgotten == pipeline.NOTHING
+    storage.write_bytes("forgotten.txt", b"0123456789abcdef0123456789abcdef lake\n")
+    assert pipeline.Sources(made).forgotten != pipeline.NOTHING
+    storage.delete("forgotten.txt")
+    assert pipeline.Sources(made).forgotten == pipeline.NOTHING
 
 
 def test_a_looser_limit_on_broken_images_needs_no_new_fit():
@@ -638,6 +655,15 @@ def test_a_verb_whose_input_is_out_of_date_names_it(world):
 def test_a_report_on_the_way_says_how_far_the_run_is(world):
     world.pipeline().run_verb("features")
     assert world.pipeline().report()["verdict"] == "unfinished: 1 of 8 stages are done"
+
+
+def test_the_summary_records_the_settings_but_not_where_curves_are_tracked(world):
+    _, summary = world.run(tracking={"mlflow_uri": "https://user:secret@tracking"}, distill={"epochs": 3})
+    assert (summary["settings"]["distill.epochs"], summary["settings"]["selection.rule"]) == (3, "recall")
+    assert "secret" not in world.storage.read_text("summary.json")
+    # A summary from before they were recorded gets them, although nothing else is new.
+    world.storage.write_json("summary.json", {name: summary[name] for name in summary if name != "settings"})
+    assert world.run(distill={"epochs": 3})[1]["settings"]["distill.epochs"] == 3
 
 
 def test_a_report_made_on_the_way_does_not_outlive_the_run(world):

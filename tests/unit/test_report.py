@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from artifacts import CLASSES, COUNTS, FACTS, identity_columns, job, png, publish, rate, write_shards
 
-from pu_ray import manifest, pipeline, report, schema
+from pu_ray import images, manifest, pipeline, report, schema
 from pu_ray.config import JobConfig
 from pu_ray.manifest import Publication
 from pu_ray.storage import Storage
@@ -309,6 +309,22 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 def test_just_rejected_images_are_the_best_that_were_not_chosen(tmp_path):
     config = make(tmp_path, "materialise")
     assert report._just_rejected(config, Storage(config.output)) == REJECTED
+
+
+def test_what_the_run_has_forgotten_is_shown_nowhere(tmp_path, no_plots, monkeypatch):
+    config = make(tmp_path, "materialise")
+    storage = Storage(config.output)
+    shown: list[bytes] = []
+    monkeypatch.setattr(
+        report, "_sheet", lambda title, contents, job: shown.extend(contents) or report.Sheet(title, "", 0)
+    )
+    render(config)
+    assert set(shown) == {*CHOSEN, *REJECTED}
+    shown.clear()
+    gone = [CHOSEN[0], REJECTED[0]]
+    storage.write_bytes("forgotten.txt", "".join(f"{images.sample_id(one).hex()} lake\n" for one in gone).encode())
+    render(config)
+    assert set(shown) == {*CHOSEN[1:], *REJECTED[1:]}
 
 
 @pytest.mark.parametrize("gone", ["scorer", "features"])

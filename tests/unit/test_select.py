@@ -455,6 +455,42 @@ def test_an_exact_copy_is_called_a_leak_even_where_it_is_labeled_or_near_another
     assert scene.left_out == dict(zip(ids(png(100), brighter(png(101))), ["leak", "labeled"], strict=True))
 
 
+def forget(scene: Scene, *contents: bytes) -> None:
+    lines = [f"{sample.hex()} selected\n" for sample in ids(*contents)]
+    scene.storage.write_bytes("forgotten.txt", "".join(lines).encode())
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("rule", ["recall", "zero", "random"])
+def test_what_the_run_has_to_forget_stays_out_whatever_the_rule(scene, rule, cache):
+    scene.cache = cache
+    scene.shards = {"a": [Row(png(0), 9.0), Row(png(1), 1.0)], "b": [Row(png(0), 9.0), Row(png(2), 1.0)]}
+    settings = {"rule": rule, **({"budget": 3} if rule == "random" else {})}
+    assert chosen(scene.run(**settings)) == set(ids(png(0), png(1), png(2)))
+    assert scene.manifest.counts["forgotten"] == 0
+    forget(scene, png(0), png(77))
+    assert chosen(scene.run(**settings)) == set(ids(png(1), png(2)))
+    assert scene.left_out == dict(zip(ids(png(0)), ["forgotten"], strict=True))
+    assert (scene.manifest.counts["forgotten"], scene.manifest.counts["candidates"]) == (1, 3)
+
+
+def test_no_copy_steps_into_the_place_of_what_was_forgotten(scene):
+    copy = brighter(png(0))
+    scene.shards = {"a": [Row(png(0), 9.0), Row(png(1), 1.0)], "b": [Row(copy, 8.0)]}
+    assert chosen(scene.run()) == set(ids(png(0), png(1)))
+    assert scene.left_out == dict(zip(ids(copy), ["near_duplicate"], strict=True))
+    forget(scene, png(0))
+    assert chosen(scene.run()) == set(ids(png(1)))
+    assert scene.left_out == dict(zip(ids(png(0), copy), ["forgotten", "near_forgotten"], strict=True))
+    assert scene.manifest.counts["near_forgotten"] == 1
+
+
+def test_a_copy_goes_too_where_the_forgotten_image_itself_would_not_have_been_chosen(scene):
+    scene.shards = {"a": [Row(png(0), -9.0), Row(png(1), 1.0)], "b": [Row(brighter(png(0)), 8.0)]}
+    forget(scene, png(0))
+    assert chosen(scene.run()) == set(ids(png(1)))
+
+
 def test_the_bound_for_near_copies_is_the_jobs(scene):
     # A weak blend of another picture: nearly, but not quite, the test image.
     blend = encode(Image.blend(picture(100), picture(55), 0.25))
