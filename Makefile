@@ -93,7 +93,7 @@ $(PEERS_STAMP): requirements.lock $(PEERS:%=tests/benchmarks/peers/requirements-
 
 peers: $(PEERS_STAMP) ## Install LitServe, BentoML, MLServer and wrk for bench NAME=serving (17 GB)
 
-bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) $(if $(filter serving,$(NAME)),$(PEERS_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small), distill, serving or gpu anew, ARGS="--help"; print its table
+bench: $(STAMP) $(if $(filter mining,$(NAME)),$(BENCH_STAMP)) $(if $(filter serving,$(NAME)),$(PEERS_STAMP)) ## Measure NAME=quickstart (default), mining, quality (SCALE=small), distill, scaling, serving or gpu anew, ARGS="--help"; print its table
 	@$(if $(filter mining,$(NAME)),$(BENCH_BIN),$(BIN))/python -m tests.benchmarks.$(NAME) $(ARGS)
 
 chromium: ## Install Debian's browser for the tests of the server's page (else they are skipped)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NOTICE_S = 5
+NOTICE_S = 2
 PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION
 
 
@@ -31,7 +31,8 @@ def disturb(mode: str, files: Path, cluster: Any, lost: dict[str, Any]) -> None:
 
     while written() < 5:
         time.sleep(0.05)
-    busy = {actor.node_id for actor in list_actors(filters=[("state", "=", "ALIVE")]) if "MapWorker" in actor.class_name}
+    alive = list_actors(filters=[("state", "=", "ALIVE")])
+    busy = {actor.node_id for actor in alive if "MapWorker" in actor.class_name}
     (node, *_) = [each for each in cluster.list_all_nodes() if each.node_id in busy]
     if mode == "notice":
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
