@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -430,6 +433,17 @@ def test_kubernetes_asks_for_spot_first() -> None:
     assert seen["gpu-spot"]["priority"] > seen["gpu-on-demand"]["priority"]
     assert seen["gpu-spot"]["resources"] == seen["gpu-on-demand"]["resources"]
     assert seen["gpu-spot"]["resources"]["GPU"] == 1
+
+
+def test_on_demand_is_tried_five_minutes_after_spot_was_asked_for_in_vain() -> None:
+    (variable,) = MANIFESTS["rayjob"]["spec"]["rayClusterSpec"]["autoscalerOptions"]["env"]
+    ask = (
+        "from ray.autoscaler.v2.instance_manager.config import InstanceReconcileConfig\n"
+        "print(InstanceReconcileConfig().allocate_status_timeout_s)"
+    )
+    environment = os.environ | {variable["name"]: variable["value"]}
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "300"
 
 
 def test_the_job_runs_the_chain_on_the_file_that_is_mounted() -> None:
