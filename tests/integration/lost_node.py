@@ -1,13 +1,14 @@
 """A training on two Ray nodes one of which is lost; a program of its own, since its cluster must not be the tests'.
 
-    python lost_node.py kill|notice|elastic FOLDER
+    python lost_node.py none|kill|notice|elastic FOLDER
 
-`kill`: a node is gone from one moment to the next, and another one is free. `notice`: it is announced to go, as spot
+`none`: nothing happens. `kill`: a node is gone from one moment to the next, and another one is free. `notice`: it is announced to go, as spot
 machines are, and no checkpoint was due. `elastic`: it is gone, and no other one is there. Writes FOLDER/result.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -102,7 +103,13 @@ def work(folder: str, interval: int, worker: Any) -> None:
         leaving=worker.leaving,
     )
     if worker.rank == 0:
-        result = {"steps": state.step, "accuracy": state.history[-1]["validation_accuracy"], "world": worker.world}
+        learned = torch.cat([value.double().flatten() for value in student.state_dict().values()])
+        result = {
+            "steps": state.step,
+            "accuracy": state.history[-1]["validation_accuracy"],
+            "world": worker.world,
+            "weights": hashlib.sha256(learned.numpy().tobytes()).hexdigest(),
+        }
         Path(folder, "trained.json").write_text(json.dumps(result))
 
 
@@ -152,8 +159,8 @@ def main(mode: str, folder: Path) -> None:
     variables = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ADDRESS": cluster.address}
     ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": variables})
     try:
-        disturber = threading.Thread(target=disturb, args=(mode, folder, cluster), daemon=True)
-        disturber.start()
+        if mode != "none":
+            threading.Thread(target=disturb, args=(mode, folder, cluster), daemon=True).start()
         ray_train.run(
             partial(work, str(folder), 10**6 if mode == "notice" else INTERVAL),
             identity=f"{mode}-of-a-node",
@@ -171,7 +178,7 @@ def main(mode: str, folder: Path) -> None:
             {
                 "attempts": lines(folder / "attempts.jsonl"),
                 "saved": lines(folder / "saved.jsonl"),
-                "lost": json.loads((folder / "lost.json").read_text())["at"],
+                "lost": [lost["at"] for lost in lines(folder / "lost.json")],
                 **json.loads((folder / "trained.json").read_text()),
             }
         )
