@@ -14,7 +14,7 @@ NAME ?= quickstart
 unexport PYTHONDONTWRITEBYTECODE
 export SCALE
 
-.PHONY: help install quickstart test test-all test-gpu fmt lint types imports check bench chromium fashion-mnist clients peers stubs clean
+.PHONY: help install quickstart test test-all test-gpu fmt lint types imports check bench chromium fashion-mnist clients peers stubs docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -107,6 +107,9 @@ stubs: $(STAMP) ## Write serving/inference_pb2*.py anew from serving/inference.p
 	@test -x .venv-stubs/bin/python || $(BIN)/python -m venv .venv-stubs
 	@.venv-stubs/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.76.0
 	@.venv-stubs/bin/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. serving/inference.proto
+
+docs: $(STAMP) ## Write the pages that are made from the code: errors, job file, command line
+	@$(BIN)/python -m tests.docs.pages
 
 clean: ## Remove the demo and its runs, keep .venv
 	@rm -rf demo runs

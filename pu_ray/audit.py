@@ -141,7 +141,11 @@ def read_answers(content: bytes, drawn: Sequence[bytes], where: str) -> dict[byt
             sample_id = _known_id(cells.get(_ID, ""), known, line)
             if sample_id in seen:
                 raise DataError(
-                    "the same image twice", where=line, allowed="one line for each", got=f"line {seen[sample_id]} too"
+                    "the same image twice",
+                    where=line,
+                    allowed="one line for each",
+                    got=f"line {seen[sample_id]} too",
+                    hint="remove one of the two lines",
                 )
             seen[sample_id] = rows.line_num
             if answer := cells.get(_CORRECT, "").lower():
@@ -154,7 +158,12 @@ def read_answers(content: bytes, drawn: Sequence[bytes], where: str) -> dict[byt
                     )
                 answers[sample_id] = _MEANINGS[answer]
     except csv.Error as error:
-        raise DataError("not a CSV file", where=f"{where}, line {rows.line_num}", got=str(error)) from error
+        raise DataError(
+            "not a CSV file",
+            where=f"{where}, line {rows.line_num}",
+            got=str(error),
+            hint=f"save it as CSV again, with the columns of {FORM_FILE}",
+        ) from error
     return answers
 
 

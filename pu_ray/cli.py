@@ -283,6 +283,7 @@ def demo(
     from pu_ray import demo as builder
 
     narrator = Narrator()
+    State.resume_hint = "run the same command again"
     with narrator.stage("teacher") as progress:
         built = builder.build(folder, builder.DemoSize(lake_rows=rows, teacher_steps=teacher_steps), seed, progress)
     if as_json:
@@ -439,7 +440,9 @@ def submit(
     State.verbose = verbose
     from cluster import submit as jobs
 
-    made = jobs.submit(_load(job, set_).job, address, wait=wait, say=Narrator(quiet).say)
+    resolved = _load(job, set_)
+    State.resume_hint = "a job that was accepted goes on: the same command finds it, and `pu-ray stop` ends it"
+    made = jobs.submit(resolved.job, address, wait=wait, say=Narrator(quiet).say)
     _say_submission(made, as_json)
 
 

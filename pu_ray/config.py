@@ -42,7 +42,7 @@ class PreprocessingConfig(_Section):
     resize_px: PositiveInt | None = Field(
         default=None, description="Shorter side before the centre crop; default: `size_px`."
     )
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="Of the resize.")
     channels: Literal[1, 3] = Field(default=3, description="1 for greyscale networks.")
     mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), description="Per channel, of pixels in [0, 1].")
     std: tuple[float, ...] = Field(default=(0.229, 0.224, 0.225), description="Per channel, of pixels in [0, 1].")
@@ -104,7 +104,7 @@ class StudentConfig(NetworkConfig):
 class ImagesConfig(_Section):
     """A labeled image collection: one folder per class, named as in `teacher.classes`."""
 
-    uri: str = Field(min_length=1)
+    uri: str = Field(min_length=1, description="Folder or URI; below it one folder per class.")
 
 
 class LakeConfig(_Section):
@@ -171,9 +171,13 @@ class FeaturesConfig(_Section):
 class SplitConfig(_Section):
     """How the labeled images are shared out; a calibration image is never used for training."""
 
-    train: OpenShare = 0.5
-    validate_: OpenShare = Field(default=0.15, alias="validate")
-    calibrate: OpenShare = 0.35
+    train: OpenShare = Field(default=0.5, description="Share that the scorer learns from.")
+    validate_: OpenShare = Field(
+        default=0.15,
+        alias="validate",
+        description="Share that chooses among scorers and among the student's checkpoints.",
+    )
+    calibrate: OpenShare = Field(default=0.35, description="Share that the threshold and its promise stand on.")
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Self:
@@ -186,12 +190,14 @@ class SplitConfig(_Section):
 class OptimizerConfig(_Section):
     """An optimiser and its schedule over the epochs of one fit."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = 1e-3
+    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD with momentum.")
+    lr: PositiveFloat = Field(default=1e-3, description="The highest learning rate of the schedule.")
     momentum: Share = Field(default=0.9, description="Of SGD; ignored by AdamW.")
     nesterov: bool = Field(default=True, description="Nesterov's momentum; the paper's is the plain one.")
-    weight_decay: NonNegativeFloat = 1e-4
-    schedule: Literal["constant", "cosine", "one_cycle", "milestones"] = "cosine"
+    weight_decay: NonNegativeFloat = Field(default=1e-4, description="Of AdamW decoupled, of SGD part of the gradient.")
+    schedule: Literal["constant", "cosine", "one_cycle", "milestones"] = Field(
+        default="cosine", description="How the rate changes over the fit."
+    )
     milestones: tuple[OpenShare, ...] = Field(
         default=(), description="Shares of the fit after which the rate drops tenfold; schedule `milestones` only."
     )
@@ -244,7 +250,9 @@ class ScorerConfig(_Section):
     )
     workers: PositiveInt = Field(default=1, description="Ray Train workers; finetuned only.")
     split: SplitConfig = SplitConfig()
-    batch_size: Annotated[int, Field(ge=2)] = 512
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        default=512, description="Labeled and unlabeled images of one step."
+    )
     positive_share: OpenShare = Field(default=0.25, description="Share of labeled positives in every step.")
     epochs: PositiveInt = Field(default=20, description="Passes over the unlabeled sample.")
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2, weight_decay=1.0)
@@ -276,8 +284,8 @@ class SelectionConfig(_Section):
         "the teacher is most confident of (DFND); the N of highest energy; the N nearest to a labeled image in "
         "feature space; oracle: the true positives (needs lake.truth).",
     )
-    recall: OpenShare = 0.95
-    confidence: OpenShare = 0.95
+    recall: OpenShare = Field(default=0.95, description="recall: share of the lake's positives to keep, as promised.")
+    confidence: OpenShare = Field(default=0.95, description="recall: probability with which that promise holds.")
     fdr: OpenShare = Field(default=0.05, description="fdr_discard: share of positives among what is discarded.")
     per: Literal["lake", "class"] = Field(
         default="lake", description="recall: one threshold and promise for the lake, or one for each predicted class."
@@ -317,7 +325,9 @@ class SelectionConfig(_Section):
 class LossesConfig(_Section):
     """The distillation loss: the class-weighted divergence from the teacher, and what is added to it by weight."""
 
-    temperature: PositiveFloat = 4.0
+    temperature: PositiveFloat = Field(
+        default=4.0, description="Divides the logits of teacher and student; the loss is multiplied by its square."
+    )
     standardise: bool = Field(
         default=False,
         description="Every image's logits are standardised before the softmax (Sun et al. 2024): the student need not "
@@ -353,7 +363,9 @@ class AugmentConfig(_Section):
     crop_scale: tuple[OpenShare, Share] | None = Field(
         default=None, description="Photographs: instead, resized crops that cover between these shares of the image."
     )
-    horizontal_flip: bool = True
+    horizontal_flip: bool = Field(
+        default=True, description="Mirror every other image, by chance; not for digits or text."
+    )
 
     @model_validator(mode="after")
     def _scale_in_order(self) -> Self:
@@ -365,7 +377,7 @@ class AugmentConfig(_Section):
 class DistillConfig(_Section):
     """The student's training."""
 
-    epochs: PositiveInt = 200
+    epochs: PositiveInt = Field(default=200, description="Passes over the mined and labeled images.")
     max_steps: PositiveInt | None = Field(default=None, description="Stop after this many steps, whatever the epochs.")
     batch_size: Annotated[int, Field(ge=2)] = Field(default=128, description="Over all workers.")
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
@@ -436,7 +448,7 @@ class EvaluationConfig(_Section):
     controls: tuple[Literal["everything", "random", "confidence", "energy", "neighbours", "oracle"], ...] = Field(
         default=(), description="Students to train beside ours, with equal budget and the same recipe."
     )
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = Field(default=256, description="Images of one forward pass.")
     metadata: str | None = Field(
         default=None,
         description="URI of a .parquet or .csv with what is known of each test image; its column `name` holds paths "
@@ -466,7 +478,7 @@ class ExportConfig(_Section):
         default=("safetensors", "pt2", "onnx", "onnx-int8"),
         description="onnx-int8: the ONNX graph in eight bits, calibrated on mined images.",
     )
-    opset: Annotated[int, Field(ge=18, le=24)] = 20
+    opset: Annotated[int, Field(ge=18, le=24)] = Field(default=20, description="Version of ONNX's operators.")
     max_logit_difference: PositiveFloat = Field(default=1e-3, description="Absolute, over real images.")
     min_agreement: OpenShare = Field(default=0.999, description="Share of real images with the same answer.")
     min_int8_agreement: OpenShare = Field(
@@ -489,10 +501,10 @@ class ExportConfig(_Section):
 class EmbedResources(_Section):
     """The actor pool that runs networks over the lake."""
 
-    gpus: NonNegativeFloat = 0.0
-    cpus: NonNegativeFloat = 1.0
-    min_actors: PositiveInt = 1
-    max_actors: PositiveInt = 2
+    gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of each actor, or a share of one.")
+    cpus: NonNegativeFloat = Field(default=1.0, description="Logical CPUs of each actor.")
+    min_actors: PositiveInt = Field(default=1, description="Size that the pool starts with.")
+    max_actors: PositiveInt = Field(default=2, description="Size up to which it grows while there is work.")
     memory_gib: PositiveFloat = Field(default=2.0, description="Logical memory reserved for each actor.")
 
     @model_validator(mode="after")
@@ -507,14 +519,14 @@ class EmbedResources(_Section):
 class DecodeResources(_Section):
     """The tasks that read images, and where actors have a GPU decode them."""
 
-    cpus: PositiveFloat = 1.0
+    cpus: PositiveFloat = Field(default=1.0, description="Logical CPUs of each task.")
     memory_gib: PositiveFloat = Field(default=0.5, description="Logical memory reserved for each task.")
 
 
 class WriteResources(_Section):
     """The tasks that write what the actors made; they mostly wait for the storage."""
 
-    cpus: PositiveFloat = 0.25
+    cpus: PositiveFloat = Field(default=0.25, description="Logical CPUs of each task.")
     memory_gib: PositiveFloat = Field(default=0.25, description="Logical memory reserved for each task.")
 
 
@@ -524,8 +536,8 @@ Precision = Literal["auto", "bfloat16", "float32"]
 class TrainResources(_Section):
     """One training worker."""
 
-    gpus: NonNegativeFloat = 0.0
-    cpus: PositiveFloat = 1.0
+    gpus: NonNegativeFloat = Field(default=0.0, description="GPUs of each worker.")
+    cpus: PositiveFloat = Field(default=1.0, description="Logical CPUs, and threads of the arithmetic, of each worker.")
     precision: Precision = Field(
         default="auto", description="Of the matrix products; auto: bfloat16 where the device has it natively."
     )
@@ -577,9 +589,13 @@ class ResourcesConfig(_Section):
 class JobConfig(_Section):
     """One job, from teacher and lake to student."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    recipe: Literal["default", "paper"] = "default"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="Of the job, and of the student that is served."
+    )
+    recipe: Literal["default", "paper"] = Field(
+        default="default", description="A layer of settings between the defaults and this file."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="Of everything random.")
     output: str = Field(min_length=1, description="Folder or URI that receives the artifacts.")
     teacher: TeacherConfig
     labeled: ImagesConfig
@@ -735,14 +751,25 @@ def load(
             "the job file cannot be read", where=str(path), got=error.strerror, hint="give the path of a YAML file"
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError("the job file is not UTF-8 text", where=str(path), got=str(error)) from error
+        raise ConfigError(
+            "the job file is not UTF-8 text", where=str(path), got=str(error), hint="save it in UTF-8"
+        ) from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError("the job file is not valid YAML", where=str(path), got=str(error)) from error
+        raise ConfigError(
+            "the job file is not valid YAML",
+            where=str(path),
+            got=str(error),
+            hint="mend the line that is named: often it is a tab, or a text with `: ` that wants quotes",
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(
-            "the job file holds no settings", where=str(path), allowed="a YAML mapping", got=type(content).__name__
+            "the job file holds no settings",
+            where=str(path),
+            allowed="a YAML mapping",
+            got=type(content).__name__,
+            hint="write `section: {key: value}`; README.md has the shortest job",
         )
     layers = [(f"file {path.name}", content)]
     for key, value in sorted((os.environ if environment is None else environment).items()):
@@ -752,7 +779,13 @@ def load(
     for override in overrides:
         dotted, equals, value = override.partition("=")
         if not equals or not dotted.strip():
-            raise ConfigError("an override has no '='", where="--set", allowed="section.key=value", got=override)
+            raise ConfigError(
+                "an override has no '='",
+                where="--set",
+                allowed="section.key=value",
+                got=override,
+                hint="for example --set scorer.prior=0.2",
+            )
         layers.append(("--set", _nest(dotted.strip(), _parse_value(dotted, value))))
     return resolve(layers)
 
@@ -793,7 +826,12 @@ def _parse_value(where: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError("the value is not valid YAML", where=where, got=text) from error
+        raise ConfigError(
+            "the value is not valid YAML",
+            where=where,
+            got=text,
+            hint="quote it twice, for the shell and for YAML: '\"...\"'",
+        ) from error
 
 
 def _nest(dotted: str, value: Any) -> dict[str, Any]:

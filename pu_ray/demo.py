@@ -126,16 +126,22 @@ def build(uri: str, size: DemoSize, seed: int, progress: Progress) -> dict[str, 
     """
     target = Storage(uri)
     recipe = {"format": _FORMAT, "seed": seed, "size": size.__dict__}
-    if target.kind("demo.json") == "file" and (done := target.read_json("demo.json"))["recipe"] == recipe:
+    ours = target.kind("demo.json") == "file"
+    if ours and (done := target.read_json("demo.json"))["recipe"] == recipe and "built" in done:
         return dict(done["built"])
-    if target.exists() and target.kind("demo.json") != "file":
+    if target.exists() and not ours:
         raise ConfigError(
-            "the folder holds something else", where=uri, allowed="a new folder, or one that `pu-ray demo` made"
+            "the folder holds something else",
+            where=uri,
+            allowed="a new folder, or one that `pu-ray demo` made",
+            hint="name another folder, or move this one away",
         )
-    target.delete()
     generator = np.random.default_rng(seed)
     pixels, labels = digits()
     parts = _share_out(labels, size, generator)
+    target.delete()
+    # First without the result, so that what an interruption leaves is known as ours and built again.
+    target.write_json("demo.json", {"recipe": recipe})
     target.write_bytes("labels.txt", ("\n".join(str(k) for k in range(10)) + "\n").encode())
     for name in ("labeled", "test"):
         for position, row in enumerate(parts[name]):

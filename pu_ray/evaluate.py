@@ -178,7 +178,11 @@ def _against_truth(uri: str, storage: Storage) -> dict[str, Any]:
     table = folder.read_table(name)
     if missing := {schema.SAMPLE_ID, schema.CLASS} - set(table.column_names):
         raise DataError(
-            "the truth table lacks columns", where=uri, allowed=str(schema.truth()), got=f"no {', '.join(missing)}"
+            "the truth table lacks columns",
+            where=uri,
+            allowed=str(schema.truth()),
+            got=f"no {', '.join(missing)}",
+            hint="mend the table, or leave lake.truth out",
         )
     truth = dict(zip(table[schema.SAMPLE_ID].to_pylist(), table[schema.CLASS].to_pylist(), strict=True))
     scores = storage.child("scores")

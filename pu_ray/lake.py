@@ -444,6 +444,7 @@ def _image_columns(arrow: pa.Schema, where: str) -> _Columns:
         where=where,
         allowed="a binary column `bytes`, a struct column `image` with a field `bytes`, or a text column `uri`, `url`",
         got=", ".join(f"{field.name} ({field.type})" for field in arrow),
+        hint="rename its column, or keep the file out of lake.uri",
     )
 
 
@@ -845,7 +846,12 @@ def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
             )
         labels.append(index[name])
     if not files:
-        raise DataError("there are no labeled images", where=uri, allowed="one folder per class with image files")
+        raise DataError(
+            "there are no labeled images",
+            where=uri,
+            allowed="one folder per class with image files",
+            hint="check the URI; the folders have the names in teacher.classes",
+        )
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         encoded = list(pool.map(storage.read_bytes, files))
     return LabeledImages(

@@ -407,7 +407,11 @@ def _copy(
         size += written
     if rows != piece.rows:
         raise DataError(
-            "rows were lost or doubled on the way", where=str(target), allowed=f"{piece.rows} rows", got=f"{rows} rows"
+            "rows were lost or doubled on the way",
+            where=str(target),
+            allowed=f"{piece.rows} rows",
+            got=f"{rows} rows",
+            hint="give the same command again; if the source did not change meanwhile, please report it",
         )
     record = PieceRecord(files=files, rows=rows, unreadable=unreadable, size_bytes=size)
     target.child(_WORK).write_json(piece.record, record.model_dump(mode="json"))

@@ -116,7 +116,7 @@ def read_ids(content: bytes, where: str) -> list[bytes]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=where, got=str(error)) from error
+        raise DataError("not UTF-8 text", where=where, got=str(error), hint="save it in UTF-8") from error
     lines = ["" if line.lstrip().startswith("#") else line for line in text.splitlines()]
     first = next((line for line in lines if line.strip()), "")
     rows = csv.reader(lines, delimiter=max(",;\t", key=first.count))
@@ -139,10 +139,17 @@ def read_ids(content: bytes, where: str) -> list[bytes]:
                 where=f"{where}, line {rows.line_num}",
                 allowed=f"{2 * schema.SAMPLE_ID_BYTES} hexadecimal digits first, or a column {schema.SAMPLE_ID}",
                 got=repr(cells[column] if column < len(cells) else ""),
+                hint="`pu-ray trace FILE RUN` tells the id of an image",
             )
         found[sample] = None
     if not found:
-        raise DataError("the list names no image", where=where, allowed="one sample id a line", got="none")
+        raise DataError(
+            "the list names no image",
+            where=where,
+            allowed="one sample id a line",
+            got="none",
+            hint="`pu-ray trace FILE RUN` tells the id of an image",
+        )
     return list(found)
 
 
@@ -173,6 +180,7 @@ def forgotten(run: Storage) -> dict[bytes, str]:
                 where=f"{run}/{LIST_FILE}, line {number}",
                 allowed="a sample id in hexadecimal, and selected, lake or unknown",
                 got=line.strip(),
+                hint="mend that line; do not delete it, or the image may be chosen again",
             )
         found[sample] = state
     return found
@@ -264,7 +272,12 @@ def _rows_in(artifact: Storage, file: str, wanted: pa.Array, columns: list[str])
     try:
         found = artifact.attempt("reading", file, read)
     except pa.ArrowInvalid as error:
-        raise DataError("not a readable Parquet file", where=f"{artifact}/{file}", got=str(error)) from error
+        raise DataError(
+            "not a readable Parquet file",
+            where=f"{artifact}/{file}",
+            got=str(error),
+            hint="delete that folder of the run and run the job again, then give this command again",
+        ) from error
     return pa.concat_tables(found) if found else None
 
 
@@ -734,6 +747,7 @@ def forget(
             where=uri,
             allowed="the output of one job",
             got=f"a folder with runs below it, such as {found[0]}",
+            hint="give each of them a command of its own",
         )
     if not apply:
         return _forget(run, samples, progress, apply=False)

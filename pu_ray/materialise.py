@@ -79,7 +79,10 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     shards = {shard.path: shard for shard in lake.list_shards(config.lake) if shard.path in wanted}
     if gone := sorted(wanted - set(shards)):
         raise DataError(
-            "shards of the lake have gone since it was scored", where=config.lake.uri, got=", ".join(gone[:5])
+            "shards of the lake have gone since it was scored",
+            where=config.lake.uri,
+            got=", ".join(gone[:5]),
+            hint="run the whole job again; unchanged shards are kept",
         )
     records = ledger.Ledger(target, settings_of.digest({"selection": inputs["select"]}))
     finished = records.finished(shards.values())

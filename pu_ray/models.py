@@ -296,6 +296,7 @@ def _imported(module: str, name: str) -> Any:
             where="architecture",
             allowed=f"import {module} works",
             got=_in_short(error),
+            hint=f"`python -c 'import {module}'` shows the whole error",
         ) from error
 
 
@@ -324,6 +325,7 @@ def require_logits(network: nn.Module, preprocessing: PreprocessingConfig, class
             where="architecture",
             allowed=f"one tensor, {[2, classes]} for two images of {classes} classes",
             got=str(found),
+            hint="the network needs one output for each line of teacher.classes",
         )
 
 
@@ -349,6 +351,7 @@ def read_classes(uri: str) -> list[str]:
             where=uri,
             allowed="two or more different names, one per line",
             got=str(classes[:20]),
+            hint="write every class of the teacher once, in the order of its logits",
         )
     return classes
 
@@ -375,7 +378,12 @@ def load_weights(module: nn.Module, uri: str) -> None:
                 hint="save the state dict with safetensors.torch.save_file",
             ) from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise DataError("not a plain state dict", where=uri, allowed="a mapping of names to tensors")
+            raise DataError(
+                "not a plain state dict",
+                where=uri,
+                allowed="a mapping of names to tensors",
+                hint="save network.state_dict() alone, best with safetensors.torch.save_file",
+            )
         _load_state(module, state, uri)
 
 
@@ -396,7 +404,12 @@ def load_safetensors(module: nn.Module, content: bytes, where: str) -> None:
     try:
         state = load(content)
     except SafetensorError as error:
-        raise DataError("not a safetensors file", where=where, got=str(error)) from error
+        raise DataError(
+            "not a safetensors file",
+            where=where,
+            got=str(error),
+            hint="fetch it again, or write it with safetensors.torch.save_file",
+        ) from error
     _load_state(module, state, where)
 
 
@@ -534,6 +547,7 @@ class TappedNetwork(nn.Module):
                 where="teacher.stages",
                 allowed=", ".join(name for name, _ in network.named_children()),
                 got=", ".join(missing) or "none",
+                hint="deeper modules have dotted names, such as layer1.0; leave teacher.stages out to have them found",
             )
         self.layout = _Layout.of(network)
         self._taps: dict[str, Any] = {}
@@ -567,6 +581,7 @@ class TappedNetwork(nn.Module):
                     where="teacher.stages",
                     allowed="modules that the forward pass calls, with one tensor as output",
                     got=f"{type(output).__name__} from {name}" if output is not None else f"nothing from {name}",
+                    hint="name another module, or leave teacher.stages out to have them found",
                 )
         tensors = cast(list[Tensor], outputs)
         return [self.layout.pool(output) for output in tensors], logits_NK, tensors

@@ -113,7 +113,13 @@ def serve(
     settings = settings_from(changes)
     narrator = Narrator()
     if config_out is not None:
-        config_out.write_text(deployment_file.text(students, settings, host=host, port=port))
+        text = deployment_file.text(students, settings, host=host, port=port)
+        try:
+            config_out.write_text(text)
+        except OSError as error:
+            raise ConfigError(
+                "the file cannot be written", where="--config-out", got=f"{config_out}: {error.strerror}"
+            ) from error
         narrator.say(f"wrote {config_out}; `serve deploy {config_out}` brings it to a cluster")
         return
 

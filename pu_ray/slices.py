@@ -85,7 +85,12 @@ def _table(uri: str, columns: Sequence[str]) -> pa.Table:
     try:
         return csv.read_csv(io.BytesIO(folder.read_bytes(file)), convert_options=text)
     except pa.ArrowInvalid as error:
-        raise DataError("not a readable CSV file", where=uri, got=str(error)) from error
+        raise DataError(
+            "not a readable CSV file",
+            where=uri,
+            got=str(error),
+            hint="save it as CSV in UTF-8, with a line of column names and commas between",
+        ) from error
 
 
 def accuracies(values: Values, right: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

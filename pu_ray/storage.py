@@ -171,7 +171,7 @@ def _explain(uri: str, error: OSError, doing: str) -> DataError:
         problem = "there is no such bucket" if kind == "no-bucket" else "there is no such file"
         return DataError(problem, where=uri, hint="check the URI and the endpoint in the environment")
     if kind == "not-a-file":
-        return DataError("not a file", where=uri, got="a folder")
+        return DataError("not a file", where=uri, got="a folder", hint="name one file in it")
     if kind == "full":
         hint = "make room, then give the same command again: finished work is kept, and it goes on"
         return DataError("there is no space left", where=uri, got=text, hint=hint)
@@ -182,6 +182,9 @@ def _explain(uri: str, error: OSError, doing: str) -> DataError:
         return DataError(f"the storage does not accept {doing}", where=uri, got=text, hint="check URI and storage")
     hint = "check the storage, then give the same command again: finished work is kept, and it goes on"
     return DataError(f"{doing} failed, again and again", where=uri, got=text, hint=hint)
+
+
+_DAMAGED = "if PU-Ray wrote it, delete the folder and give the command again; else fetch the file anew"
 
 
 # -- files -------------------------------------------------------------------------------------------------
@@ -231,7 +234,9 @@ class Storage:
             DataError: The storage is remote.
         """
         if not self.is_local:
-            raise DataError("a local folder is needed", where=self.uri, allowed="a path on this machine")
+            raise DataError(
+                "a local folder is needed", where=self.uri, allowed="a path on this machine", hint="copy it here first"
+            )
         return Path(self.root())
 
     def root(self) -> str:
@@ -317,7 +322,9 @@ class Storage:
         try:
             return self.read_bytes(path).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError("not UTF-8 text", where=f"{self.uri}/{path}", got=str(error)) from error
+            raise DataError(
+                "not UTF-8 text", where=f"{self.uri}/{path}", got=str(error), hint="save it in UTF-8"
+            ) from error
 
     def read_json(self, path: str) -> Any:
         """The parsed JSON file.
@@ -328,7 +335,7 @@ class Storage:
         try:
             return json.loads(self.read_bytes(path))
         except ValueError as error:
-            raise DataError("not valid JSON", where=f"{self.uri}/{path}", got=str(error)) from error
+            raise DataError("not valid JSON", where=f"{self.uri}/{path}", got=str(error), hint=_DAMAGED) from error
 
     def read_if_there(self, path: str) -> bytes | None:
         """The whole file, or None where there is none.
@@ -370,7 +377,9 @@ class Storage:
         try:
             return self.attempt("reading", path, read)
         except pa.ArrowInvalid as error:
-            raise DataError("not a readable Parquet file", where=f"{self.uri}/{path}", got=str(error)) from error
+            raise DataError(
+                "not a readable Parquet file", where=f"{self.uri}/{path}", got=str(error), hint=_DAMAGED
+            ) from error
 
     def list_files(self, path: str = "", *, on_progress: Callable[[int], None] | None = None) -> list[FileInfo]:
         """Every file below, sorted by path; hidden and unfinished files are left out, hidden folders not entered.

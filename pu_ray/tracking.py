@@ -96,6 +96,9 @@ def log_to_mlflow(
         client.set_terminated(run)
     except MlflowException as error:
         raise ClusterError(
-            "MLflow does not take the run", where="tracking.mlflow_uri", got=str(error).partition("\n")[0]
+            "MLflow does not take the run",
+            where="tracking.mlflow_uri",
+            got=str(error).partition("\n")[0],
+            hint="check that the server is up, or leave the setting out, and give the same command again",
         ) from error
     return run

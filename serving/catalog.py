@@ -103,14 +103,29 @@ class Catalog:
         """
         where = f"{self._storage}/{name}/{_ROUTE}"
         if not NAME.fullmatch(name) or not self._storage.exists(f"{name}/{_ROUTE}"):
-            raise DataError("the registry has no student of this name", where=self.uri, got=name)
+            raise DataError(
+                "the registry has no student of this name",
+                where=self.uri,
+                got=name,
+                hint=f"`pu-ray registry list {self.uri}` shows the names",
+            )
         try:
             routed = Routed.model_validate_json(self._storage.read_bytes(f"{name}/{_ROUTE}"))
         except ValidationError as error:
-            raise DataError("not a route", where=where, got=str(error.errors()[0]["msg"])) from error
+            raise DataError(
+                "not a route",
+                where=where,
+                got=str(error.errors()[0]["msg"]),
+                hint="restore that file, or add the students to a new registry",
+            ) from error
         uris = {version: self._folder(name, version).uri for version in self._versions(name)}
         if missing := sorted(routed.route.versions - set(uris)):
-            raise DataError("the route names versions that are not there", where=where, got=", ".join(missing))
+            raise DataError(
+                "the route names versions that are not there",
+                where=where,
+                got=", ".join(missing),
+                hint="add them again with `pu-ray registry add`",
+            )
         return Entry(name, routed, uris)
 
     def add(self, exported_uri: str) -> Student:
@@ -142,7 +157,12 @@ class Catalog:
         entry = self.entry(name)
         version = self.version(entry, version)
         if version in entry.routed.route.versions:
-            raise ConfigError("the route still names this version", where=self._where(name), got=version)
+            raise ConfigError(
+                "the route still names this version",
+                where=self._where(name),
+                got=version,
+                hint="give its place to another version first: promote, canary, shadow or alias",
+            )
         self._folder(name, version).delete()
         return version
 
@@ -182,7 +202,11 @@ class Catalog:
         def changed(entry: Entry) -> Routed:
             history = [version for version in entry.routed.history if version in entry.uris]
             if not history:
-                raise ConfigError("there is nothing to roll back to", where=self._where(name))
+                raise ConfigError(
+                    "there is nothing to roll back to",
+                    where=self._where(name),
+                    hint="`pu-ray registry promote` takes any version by its name",
+                )
             update: dict[str, Any] = {"stable": history[-1]} | _NO_CANARY
             if entry.routed.route.shadow == history[-1]:
                 update |= {"shadow": None}
@@ -266,7 +290,9 @@ class Catalog:
         if self.exists():
             return
         if self._storage.exists() and self._storage.list_files():
-            raise ConfigError("this folder holds something that is not a registry", where=self.uri)
+            raise ConfigError(
+                "this folder holds something that is not a registry", where=self.uri, hint="name a new folder"
+            )
         self._storage.write_json(_MARKER, {"format": _FORMAT})
 
     def _require(self) -> None:

@@ -115,7 +115,11 @@ class _Asking:
         if isinstance(error, _Busy):
             return self._refusal(error.response)
         if isinstance(error, httpx.TimeoutException):
-            return ClusterError(f"the server did not answer within {self._timeout_s:g} s", where=self.url)
+            return ClusterError(
+                f"the server did not answer within {self._timeout_s:g} s",
+                where=self.url,
+                hint="it is busy or far away: try again, or send fewer images at once",
+            )
         return ClusterError(
             "the server cannot be reached",
             where=self.url,

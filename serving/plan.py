@@ -56,20 +56,36 @@ def plan(uris: Sequence[str], engine: str = "auto") -> Plan:
         DataError, GateError: A student cannot be served.
     """
     if not uris:
-        raise ConfigError("there is nothing to serve", allowed="one exported folder or more, or a registry")
+        raise ConfigError(
+            "there is nothing to serve", where="EXPORTED", allowed="one exported folder or more, or a registry"
+        )
     registries = [uri for uri in uris if Catalog(uri).exists()]
     if registries:
         if len(uris) > 1:
-            raise ConfigError("a registry is served alone", where=registries[0], got=f"{len(uris)} folders")
+            raise ConfigError(
+                "a registry is served alone",
+                where=registries[0],
+                got=f"{len(uris)} folders",
+                hint="add the other students to it: `pu-ray registry add`",
+            )
         found = Plan((), {}, Catalog(registries[0]).uri, engine).renewed()
         if not found.students:
-            raise ConfigError("the registry is empty", where=found.registry_uri)
+            raise ConfigError(
+                "the registry is empty",
+                where=found.registry_uri,
+                hint="`pu-ray registry add REGISTRY EXPORTED` puts a student there",
+            )
         return found
     students: list[Student] = []
     for uri in uris:
         student = registry.load(uri, engine).student
         if any((student.name, student.version) == (other.name, other.version) for other in students):
-            raise ConfigError("the same student twice", where=student.uri, got=f"{student.name} {student.version}")
+            raise ConfigError(
+                "the same student twice",
+                where=student.uri,
+                got=f"{student.name} {student.version}",
+                hint="name each folder once",
+            )
         students.append(student)
     stable: dict[str, Route] = {}
     for student in students:

@@ -173,9 +173,14 @@ def _labels(content: bytes, where: str) -> tuple[str, ...]:
     try:
         labels = tuple(content.decode("utf-8").splitlines())
     except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=where, got=str(error)) from error
+        raise DataError("not UTF-8 text", where=where, got=str(error), hint="export again") from error
     if not labels or not all(label.strip() for label in labels) or len(set(labels)) < len(labels):
-        raise DataError("class names must be there, not empty, and different", where=where, got=f"{len(labels)} lines")
+        raise DataError(
+            "class names must be there, not empty, and different",
+            where=where,
+            got=f"{len(labels)} lines",
+            hint="mend teacher.classes and export again",
+        )
     return labels
 
 
@@ -185,4 +190,6 @@ def _preprocessing(content: bytes, where: str) -> PreprocessingConfig:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, problem["loc"]))
-        raise DataError("not a preprocessing description", where=where, got=f"{place}: {problem['msg']}") from error
+        raise DataError(
+            "not a preprocessing description", where=where, got=f"{place}: {problem['msg']}", hint="export again"
+        ) from error

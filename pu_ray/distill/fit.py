@@ -150,6 +150,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             where="distill.batch_size",
             allowed=f"at most {count * 50}",
             got=str(config.distill.batch_size),
+            hint="lower distill.batch_size, or choose more images",
         )
     steps = loop.total_steps(config.distill, count)
     progress.start(steps * config.distill.batch_size, "images")

@@ -69,6 +69,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             where=config.lake.uri,
             allowed="20 usable images or more",
             got=str(drawn.num_rows),
+            hint="check lake.uri, and look at it with `pu-ray lake inspect URI`",
         )
     unlabeled = torch.from_numpy(lake.to_matrix(drawn[schema.FEATURES]).astype(np.float32))
     frozen = streams_of(positive.features, unlabeled, roles)

@@ -59,7 +59,11 @@ def draw_unlabeled(features: Storage, count: int, seed: int, exclude: set[bytes]
         parts.append(features.read_table(file).take(pa.array([position for _, position in places])))
         ranks += [place for place, _ in places]
     if not parts:
-        raise DataError("the lake holds no usable image", where=str(features))
+        raise DataError(
+            "the lake holds no usable image",
+            where=str(features),
+            hint="look at the lake with `pu-ray lake inspect URI`",
+        )
     return pa.concat_tables(parts).take(pa.array(sorted(range(len(ranks)), key=ranks.__getitem__)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_every_command_in_the_documents_exists_with_its_flags(document: str, lin
         command = command.commands[arguments.pop(0)]
     flags = {flag for parameter in command.params for flag in parameter.opts}
     assert {word for word in arguments if word.startswith("-")} <= flags, f"{document}: {line}"
+    for override in (value for flag, value in itertools.pairwise(arguments) if flag == "--set"):
+        path, _, value = override.partition("=")
+        for key in reversed(path.split(".")):
+            value = {key: yaml.safe_load(value) if isinstance(value, str) else value}
+        config.resolve([("README", yaml.safe_load(blocks(ROOT / "README.md", "yaml")[0])), (document, value)])
+    for word in arguments:
+        assert not word.startswith(("cluster/", "docs/")) or (ROOT / word).exists(), f"{document}: {line}"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +77,46 @@ def test_every_relative_link_leads_somewhere() -> None:
     assert not broken
 
 
+def test_every_line_to_type_in_the_tutorial_is_a_command_that_is_checked() -> None:
+    tutorial = ROOT / "docs/tutorial.md"
+    lines = [line.split("#")[0].strip() for block in blocks(tutorial, "") for line in block.splitlines()]
+    assert lines
+    assert [(tutorial.name, line) for line in lines] == [found for found in commands() if found[0] == tutorial.name]
+
+
+def headings(document: Path) -> set[str]:
+    """Anchors of the headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_every_link_to_a_heading_finds_it() -> None:
+    broken, seen = [], 0
+    for document in DOCUMENTS:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text()):
+            seen += 1
+            if anchor not in headings(document.parent / target if target else document):
+                broken.append(f"{document.name}: {target}#{anchor}")
+    assert seen
+    assert not broken
+
+
+def test_every_verb_is_in_the_readme() -> None:
+    said = (
+        (ROOT / "README.md").read_text()
+        + (ROOT / "docs/serving.md").read_text()
+        + (ROOT / "docs/cluster.md").read_text()
+    )
+    verbs = typer.main.get_command(app).commands
+    assert {name for name in verbs if not re.search(rf"pu-ray {name}\b|\b{name}\b.*: one stage", said)} == set()
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    pages = [page.relative_to(ROOT).as_posix() for page in [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md")]]
+    assert [page for page in pages if f"]({page})" not in readme] == []
+
+
 def test_every_setting_named_in_the_documents_exists() -> None:
     known = {
         path
@@ -76,7 +124,8 @@ def test_every_setting_named_in_the_documents_exists() -> None:
     }
     sections = {path.split(".")[0] for path in known if "." in path} - {"lake", "features"}
     named = set()
-    for document in (ROOT / "README.md", ROOT / "docs/LOG.md"):
+    explaining = [ROOT / f"docs/{name}.md" for name in ("method", "is-this-for-me", "tutorial")]
+    for document in (ROOT / "README.md", ROOT / "docs/LOG.md", *explaining):
         named |= set(re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_.]+)(?:[:=][^`]*)?`", document.read_text()))
     assert named
     assert {name for name in named if not any(path == name or path.startswith(f"{name}.") for path in known)} == set()

@@ -244,6 +244,54 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(call, pipeline, job_file):
     assert "Traceback" not in err
 
 
+INTERRUPTED = {
+    "features JOB": ("pu_ray.pipeline.Pipeline.run_verb", "finished is kept"),
+    "submit JOB --wait": ("cluster.submit.submit", "`pu-ray stop` ends it"),
+    "plan JOB": ("cluster.plan.make", "run the same command again"),
+    "demo DIR": ("pu_ray.demo.build", "run the same command again"),
+    "lake build DIR DIR2": ("pu_ray.lake_build.build", "finished shards are kept"),
+    "lake inspect DIR": ("pu_ray.lake_inspect.inspect", "nothing was changed"),
+    "compare DIR DIR2": ("pu_ray.compare.runs", "nothing was changed"),
+    "predict FILE": ("serving.client.Client.classify", "nothing was changed"),
+}
+
+
+@pytest.mark.parametrize("command", INTERRUPTED)
+def test_ctrl_c_in_any_verb_says_what_became_of_the_work(call, monkeypatch, job_file, tmp_path, command):
+    interrupted, said = INTERRUPTED[command]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupted, stop)
+    places = {"JOB": job_file, "DIR": str(tmp_path / "one"), "DIR2": str(tmp_path / "two"), "FILE": job_file}
+    status, out, err = call(*(places.get(word, word) for word in command.split()))
+    assert (status, out) == (130, "")
+    assert err.splitlines()[-1].startswith("interrupted; ")
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_in_a_shell_exits_with_130_and_no_traceback(job_file):
+    stop = (
+        "import os, signal, time\nfrom pu_ray import cli\n"
+        "def pipeline(*_):\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "cli._pipeline = pipeline\ncli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", stop, "run", job_file], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; run the same command again: what is finished is kept\n"
+
+
+def test_a_fault_of_ours_shows_its_traceback(call, pipeline, job_file):
+    """It is to be reported, and no person has made a mistake."""
+    pipeline.outcome = ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError):
+        call("run", job_file)
+
+
 def test_main_leaves_with_the_exit_status(pipeline, job_file):
     pipeline.outcome = GateError("broken")
     with pytest.raises(SystemExit) as left:

@@ -242,6 +242,23 @@ def test_the_same_seed_builds_the_same_task(built, tmp_path):
             assert (tmp_path / "again" / path.relative_to(built)).read_bytes() == path.read_bytes(), path.name
 
 
+def test_a_build_that_was_interrupted_is_begun_again(tmp_path, monkeypatch):
+    folder = tmp_path / "task"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_write_lake", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.build(str(folder), SMALL, 0, Silent())
+    assert (folder / "labels.txt").exists()
+    begun = []
+    monkeypatch.setattr(demo, "_write_lake", lambda *_: begun.append(True) or interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        demo.build(str(folder), SMALL, 0, Silent())
+    assert begun
+
+
 # -- what is refused ---------------------------------------------------------------------------------------
 
 

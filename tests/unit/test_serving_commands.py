@@ -143,6 +143,9 @@ def test_a_config_file_starts_nothing(call: Call, served: SimpleNamespace, tmp_p
     assert [each["import_path"] for each in document["applications"]] == ["serving.app:front_from_args"]
     assert auth.own_token() not in file.read_text()
     assert not hasattr(served, "uris")
+    status, _, err = call("serve", uri, "--config-out", str(tmp_path / "absent" / "serve.yaml"))
+    assert status == 2
+    assert f"--config-out: the file cannot be written\n  got: {tmp_path}/absent/serve.yaml: No such file" in err
 
 
 # -- predict --------------------------------------------------------------------------------------------------
