@@ -1,7 +1,7 @@
 """What a cluster that grows would say to a job: whether any kind of node that it may start could hold its processes.
 
-Ray's autoscaler never refuses: a request that no kind of node can hold waits for ever, without a word to the job. But it
-keeps a list of such requests, and that is asked for here, before any work starts.
+Ray's autoscaler never refuses: a request that no kind of node can hold waits for ever, without a word to the job. But
+it keeps a list of such requests, and that is asked for here, before any work starts.
 
 Not covered: autoscaler v1, which keeps no such list; a kind that fits but of which there may be too few nodes, or none
 to be had today, which is worth waiting for.

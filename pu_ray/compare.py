@@ -72,7 +72,12 @@ def read(uri: str) -> Run:
         )
     summary = run.read_json(_SUMMARY_FILE)
     if not isinstance(summary, dict) or not {"name", "recipe", "stages_done", "verdict", "seconds"} <= set(summary):
-        raise DataError(f"this is no {_SUMMARY_FILE} of PU-Ray", where=f"{run}/{_SUMMARY_FILE}", got="other contents")
+        raise DataError(
+            f"this is no {_SUMMARY_FILE} of PU-Ray",
+            where=f"{run}/{_SUMMARY_FILE}",
+            got="other contents",
+            hint="`pu-ray report JOB.yaml` writes it anew",
+        )
     more = {stage: document for folder, stage, _ in _MORE if (document := _same(run.child(folder), stage, summary))}
     sources = {
         name: more[stage].inputs[name]

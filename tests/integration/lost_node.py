@@ -2,8 +2,9 @@
 
     python lost_node.py none|kill|notice|elastic FOLDER
 
-`none`: nothing happens. `kill`: a node is gone from one moment to the next, and another one is free. `notice`: it is announced to go, as spot
-machines are, and no checkpoint was due. `elastic`: it is gone, and no other one is there. Writes FOLDER/result.json.
+`none`: nothing happens. `kill`: a node is gone from one moment to the next, and another one is free. `notice`: it is
+announced to go, as spot machines are, and no checkpoint was due. `elastic`: it is gone, and no other one is there.
+Writes FOLDER/result.json.
 """
 
 from __future__ import annotations
