@@ -5,28 +5,45 @@ The page is one file without external requests: pictures and plots are inlined.
 
 from __future__ import annotations
 
-import io
+import base64
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from PIL import Image
+from pydantic import BaseModel
 
-from pu_ray import images, lake, ledger, lineage, manifest, page, schema
+from pu_ray import manifest, page, report_curves, report_plots, report_sheets
 from pu_ray.config import JobConfig
 from pu_ray.manifest import Manifest
-from pu_ray.page import BLUE, GREY, ORANGE
-from pu_ray.page import inline as _inline
-from pu_ray.page import plot as _plot
 from pu_ray.storage import Storage
 
-_SHEET_IMAGES = 12
-_MOST_CLASSES = 20
-_TILE_PX = 56
+# Whose manifests the lineage shows, in the order of their making.
+_ARTIFACTS = (
+    "cascade",
+    "features",
+    "scorer",
+    "scores",
+    "selection",
+    "mined",
+    "soft_labels",
+    "student",
+    "evaluation",
+    "exported",
+    "audit",
+)
+_EVALUATED = (
+    "teacher_calibration_error",
+    "student_calibration_error",
+    "teacher_top5_accuracy",
+    "student_top5_accuracy",
+    "agreement_interval",
+    "cost",
+    "slices",
+    "confusion_pairs",
+)
+# The page's only script, and the only one that its policy lets run.
+_SCRIPT = "report.js.j2"
 
 
 # -- summary.json ------------------------------------------------------------------------------------------
@@ -55,7 +72,8 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
     if features is not None and features.facts["scaled_decode"] is not None:
         summary["scaled_decode"] = features.facts["scaled_decode"]
     summary["storage_retries"] = _storage_retries(done)
-    if fitted := done.get("fit"):
+    fitted = done.get("fit")
+    if fitted is not None:
         prior = fitted.facts["prior"]
         summary["prior"] = {key: prior[key] for key in ("estimate", "low", "high", "is_upper_bound", "source")}
         summary["labeled_rows"] = fitted.counts["labeled"]
@@ -75,6 +93,9 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
             else None,
             "discard_promise": {"positives_share": promise["rate"]} if "rate" in promise else None,
             "threshold": selected.facts["threshold"],
+            "candidates": selected.counts["candidates"],
+            "left_out": {reason: selected.counts.get(reason, 0) for reason in report_sheets.REASONS},
+            "not_needed": max(0, sum(selected.facts["class_counts_before_balance"]) - selected.counts["selected"]),
         }
         # A person's judgment of another selection says nothing about this one.
         audited = manifest.read(storage.child("audit"))
@@ -85,6 +106,21 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
         summary |= {key: facts[key] for key in ("teacher_accuracy", "student_accuracy", "gap_to_teacher", "agreement")}
         summary |= {key: evaluated.counts[key] for key in ("teacher_parameters", "student_parameters")}
         summary |= {key: facts[key] for key in ("mined_precision", "mined_recall", "true_prior") if key in facts}
+        summary["evaluation"] = {key: facts[key] for key in _EVALUATED if key in facts}
+        summary["times_smaller"] = summary["teacher_parameters"] / summary["student_parameters"]
+        fast, slow = (facts["cost"][who]["cpu_latency_ms"] for who in ("student", "teacher"))
+        summary["times_as_fast"] = slow / fast if fast > 0 else None
+    summary["promise_kept"] = _promise_kept(summary)
+    if fitted is not None:
+        summary["classes"] = _classes(fitted, done.get("select"), done.get("evaluate"))
+        # The stages of tests leave no scores.
+        if storage.child("scorer").exists("calibration.parquet"):
+            truth_was_used = "mined_precision" in summary
+            summary["precision_recall"] = report_curves.of_run(job, storage, summary["prior"], truth_was_used)
+    if "distill" in done and storage.child("student").exists("history.json"):
+        summary["learning"] = storage.child("student").read_json("history.json")
+    if exported := done.get("export"):
+        summary["formats"] = exported.facts.get("formats", {})
     summary["controls"] = _controls(job, storage)
     summary["seconds"] = {name: document.seconds for name, document in done.items()}
     summary["images_per_s"] = {
@@ -92,6 +128,11 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
         for name, images_done in _images_done(done).items()
         if images_done and done[name].seconds > 0
     }
+    summary["seconds_in_all"] = round(sum(document.seconds for document in done.values()), 3)
+    summary["written"] = {
+        name: {"files": len(document.files), "bytes": sum(document.files.values())} for name, document in done.items()
+    }
+    summary["settings_changed"] = dict(_changed(job))
     summary["exported"] = "export" in done
     summary["verdict"] = _verdict(done, stages)
     summary["example_image"] = _example_image(job)
@@ -139,6 +180,51 @@ def _controls(job: JobConfig, storage: Storage) -> dict[str, Any]:
     return controls
 
 
+def _classes(fitted: Manifest, selected: Manifest | None, evaluated: Manifest | None) -> list[dict[str, Any]]:
+    """What is known of each class, in the teacher's order."""
+    classes = []
+    for k, name in enumerate(fitted.facts["classes"]):
+        known: dict[str, Any] = {"name": name}
+        if selected is not None:
+            known["candidates"] = selected.facts["class_counts_before_balance"][k]
+            known["selected"] = selected.facts["class_counts"][k]
+        for who in ("teacher", "student"):
+            rates = evaluated.facts.get(f"{who}_accuracy_per_class", {}) if evaluated is not None else {}
+            if name in rates:
+                known[f"{who}_accuracy"] = rates[name]
+        classes.append(known)
+    return classes
+
+
+def _promise_kept(summary: Mapping[str, Any]) -> bool | None:
+    """Whether the promised recall was reached in this lake; None where nobody can know.
+
+    It is about the threshold, so a budget that keeps fewer images says nothing of it.
+    """
+    promise, measured = summary.get("recall_promise"), summary.get("mined_recall")
+    if promise is None or measured is None or summary["not_needed"]:
+        return None
+    return bool(measured["value"] >= promise["recall"])
+
+
+def _changed(section: BaseModel, default: BaseModel | None = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings that are not what they would be if nobody, nor a recipe, had said anything; by dotted path.
+
+    Without `tracking`: a server's URI may hold a password.
+    """
+    plain = section.model_dump(mode="json")
+    for name, of in type(section).model_fields.items():
+        value = getattr(section, name)
+        usual = getattr(default, name) if default is not None else of.get_default(call_default_factory=True)
+        if f"{prefix}{name}" == "tracking":
+            continue
+        if isinstance(value, BaseModel):
+            same_kind = isinstance(usual, type(value))
+            yield from _changed(value, usual if same_kind else None, f"{prefix}{of.alias or name}.")
+        elif value != usual:
+            yield f"{prefix}{of.alias or name}", plain[name]
+
+
 def _verdict(done: Mapping[str, Manifest], stages: int) -> str:
     # The verdict stands before the export, and a student that failed its gate never gets one.
     if "evaluate" not in done or len(done) + ("export" not in done) < stages:
@@ -169,179 +255,45 @@ def _example_image(job: JobConfig) -> str | None:
 # -- report.html -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """One row of pictures: title, and an inlined PNG."""
-
-    title: str
-    picture: str
-    count: int
-
-
 def render(job: JobConfig, storage: Storage, summary: Mapping[str, Any]) -> str:
-    """The page, as far as the run has come."""
-    selected = manifest.read(storage.child("selection"))
-    distilled = manifest.read(storage.child("student"))
-    fitted = manifest.read(storage.child("scorer"))
-    evaluated = manifest.read(storage.child("evaluation"))
+    """The page, as far as the run has come; every number in it about the run is in the summary or a manifest."""
+    documents = {name: manifest.read(storage.child(name)) for name in _ARTIFACTS}
+    # What another configuration made may lie there as well; it is no part of this run.
+    done = {*summary["stages_done"], *(["audit"] if "audit" in summary else [])}
+    found = {name: document for name, document in documents.items() if document and document.stage in done}
+    curves = summary.get("precision_recall")
+    plots: dict[str, Any] = {}
+    sheets = report_sheets.Sheets()
+    if {"fit", "select"} <= done:
+        plots["scores"] = report_plots.scores(storage, summary["threshold"])
+        plots["balance"] = report_plots.balance(summary["classes"])
+        if {"score", "materialise"} <= done:
+            sheets = report_sheets.of_mined(job, storage, [each["name"] for each in summary["classes"]])
+    if curves and (curves["measured"] or curves["estimated"]):
+        measured = bool(summary.get("mined_precision") and summary.get("mined_recall"))
+        chosen = {name: summary[f"mined_{name}"]["value"] for name in ("precision", "recall")} if measured else None
+        audited = summary["audit"]["precision"] if "audit" in summary else None
+        plots["curve"] = report_plots.precision_recall(curves, chosen, audited)
+    pairs = summary.get("evaluation", {}).get("confusion_pairs", [])
+    script = page.text(_SCRIPT)
     return page.template("report.html.j2").render(
         job=job,
         summary=summary,
-        sheets=_sheets(job, storage, fitted.facts["classes"])
-        if selected and fitted and manifest.read(storage.child("mined"))
-        else [],
-        scores=_score_plot(storage, summary) if selected and fitted else None,
-        balance=_balance_plot(fitted.facts["classes"], selected) if selected and fitted else None,
-        learning=_learning_plot(storage) if distilled else None,
-        evaluated=evaluated.facts if evaluated else None,
-        lineage=[
-            (name, document)
-            for name in (
-                "cascade",
-                "features",
-                "scorer",
-                "scores",
-                "selection",
-                "mined",
-                "student",
-                "evaluation",
-                "exported",
-            )
-            if (document := manifest.read(storage.child(name))) is not None
-        ],
+        plots=plots,
+        learning=report_plots.learning(summary["learning"]) if summary.get("learning") else [],
+        sheets=sheets,
+        reasons=report_sheets.REASONS,
+        pairs=list(zip(pairs, report_sheets.of_confusions(job, storage, pairs), strict=True)),
+        lineage=found,
+        sources=_sources(found),
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _score_plot(storage: Storage, summary: Mapping[str, Any]) -> str:
-    scorer = storage.child("scorer")
-    positive = scorer.read_table("calibration.parquet")[schema.SCORE].to_numpy()
-    positive = positive[np.isfinite(positive)]  # the others were rejected by the cascade's gate
-    unlabeled = scorer.read_table("unlabeled.parquet")[schema.SCORE].to_numpy()
-    low, high = np.quantile(np.r_[positive, unlabeled], [0.001, 0.999])
-    bins = np.linspace(low, high, 60)
-
-    def draw(axes: Any) -> None:
-        for values, colour, label in (
-            (unlabeled, GREY, "lake (held-out sample)"),
-            (positive, BLUE, "labeled (calibration)"),
-        ):
-            axes.hist(
-                np.clip(values, low, high),
-                bins=bins,
-                weights=np.full(len(values), 100 / len(values)),
-                color=colour,
-                alpha=0.65,
-                label=label,
-            )
-        if summary.get("threshold") is not None:
-            axes.axvline(summary["threshold"], color=ORANGE, label="threshold")
-        axes.set_xlabel("score")
-        axes.set_ylabel("% of images")
-        axes.set_yscale("symlog", linthresh=1)
-        axes.legend(frameon=False, labelcolor=GREY)
-
-    return _plot(draw)
-
-
-def _balance_plot(classes: Sequence[str], selected: Manifest) -> str:
-    before = np.array(selected.facts["class_counts_before_balance"])
-    after = np.array(selected.facts["class_counts"])
-    order = np.argsort(-before, kind="stable")
-
-    def draw(axes: Any) -> None:
-        places = np.arange(len(order))
-        axes.bar(places - 0.2, before[order], 0.4, color=GREY, label="above the threshold")
-        axes.bar(places + 0.2, after[order], 0.4, color=BLUE, label="selected")
-        if len(classes) <= _MOST_CLASSES:
-            axes.set_xticks(places, [classes[k] for k in order])
-        axes.set_xlabel("class, as the teacher sees it")
-        axes.set_ylabel("images")
-        axes.legend(frameon=False, labelcolor=GREY)
-
-    return _plot(draw)
-
-
-def _learning_plot(storage: Storage) -> str:
-    history = storage.child("student").read_json("history.json")
-    steps = [record["step"] for record in history["validations"]]
-
-    def draw(axes: Any) -> None:
-        axes.plot(steps, [100 * record["validation_accuracy"] for record in history["validations"]], "o-", color=BLUE)
-        axes.axvline(history["best_step"], color=ORANGE, linewidth=1, label="kept")
-        axes.set_xlabel("optimiser steps")
-        axes.set_ylabel("% right, held-out labeled")
-        axes.legend(frameon=False, labelcolor=GREY)
-
-    return _plot(draw)
-
-
-def _sheets(job: JobConfig, storage: Storage, classes: Sequence[str]) -> list[tuple[str, list[Sheet]]]:
-    """Contact sheets: per class the surest, the borderline and random ones; and what was just rejected."""
-    mined = storage.child("mined")
-    columns = [schema.SAMPLE_ID, schema.SCORE, schema.PREDICTED, schema.ORDER, schema.BYTES]
-    table = pa.concat_tables(mined.read_table(file, columns) for file in ledger.data_files(mined))
-    hidden = lineage.not_to_be_shown(storage)
-    table = table.filter(pa.array([sample not in hidden for sample in table[schema.SAMPLE_ID].to_pylist()], pa.bool_()))
-    sheets = []
-    classified = np.unique(table[schema.PREDICTED].to_numpy())
-    for k in classified[classified != schema.NO_CLASS][:_MOST_CLASSES]:
-        rows = table.filter(pc.equal(table[schema.PREDICTED], int(k))).sort_by(
-            [(schema.SCORE, "descending"), (schema.ORDER, "ascending")]
-        )
-        by_order = rows.sort_by(schema.ORDER)
-        choices = {
-            "surest": rows.slice(0, _SHEET_IMAGES),
-            "borderline": rows.slice(max(0, rows.num_rows - _SHEET_IMAGES)),
-            "random": by_order.slice(0, _SHEET_IMAGES),
-        }
-        pictures = [_sheet(title, part[schema.BYTES].to_pylist(), job) for title, part in choices.items()]
-        sheets.append((f"{classes[k]} ({rows.num_rows:,})", pictures))
-    rejected = _just_rejected(job, storage, hidden)
-    if rejected:
-        sheets.append(("just below the threshold, or left out", [_sheet("rejected", rejected, job)]))
-    return sheets
-
-
-def _just_rejected(job: JobConfig, storage: Storage, hidden: Set[bytes] = frozenset()) -> list[bytes]:
-    """Encoded images with the highest scores among those that were not chosen and are not hidden."""
-    scores = storage.child("scores")
-    selected = storage.child("selection").read_table("selection.parquet", [schema.SAMPLE_ID])[schema.SAMPLE_ID]
-    chosen = {*hidden, *selected.to_pylist()}
-    best: list[tuple[float, bytes, str, int]] = []
-    wanted = [schema.SAMPLE_ID, schema.SHARD, schema.ROW, schema.SCORE, schema.ERROR]
-    for file in ledger.data_files(scores):
-        part = scores.read_table(file, wanted)
-        part = part.filter(pc.is_null(part[schema.ERROR])).sort_by([(schema.SCORE, "descending")])
-        fresh = []
-        for row in part.slice(0, len(chosen) + 2 * _SHEET_IMAGES).to_pylist():
-            if row[schema.SAMPLE_ID] not in chosen:
-                fresh.append((row[schema.SCORE], row[schema.SAMPLE_ID], row[schema.SHARD], row[schema.ROW]))
-            if len(fresh) == 2 * _SHEET_IMAGES:
-                break
-        best = sorted(best + fresh, reverse=True)[: 2 * _SHEET_IMAGES]
-    shards = {shard.path: shard for shard in lake.list_shards(job.lake)}
-    contents: dict[bytes, bytes] = {}
-    for path in {place[2] for place in best if place[2] in shards}:
-        rows = [place[3] for place in best if place[2] == path]
-        for chunk in lake.plan_chunks(job.lake, [shards[path]], job.lake.chunk_rows):
-            inside = [row for row in rows if chunk.first_row <= row < chunk.first_row + chunk.rows]
-            if inside:
-                read = lake.read_chunk(job.lake.uri, chunk, inside)
-                contents.update(zip(read[schema.SAMPLE_ID].to_pylist(), read[schema.BYTES].to_pylist(), strict=True))
-    return [contents[place[1]] for place in dict.fromkeys(best) if place[1] in contents][:_SHEET_IMAGES]
-
-
-def _sheet(title: str, contents: Sequence[bytes], job: JobConfig) -> Sheet:
-    preprocessing, limits = job.teacher.preprocessing, images.Limits.of(job.lake)
-    tiles = []
-    for content in contents:
-        pixels = images.decode(content, preprocessing, limits)
-        picture = Image.fromarray(pixels.squeeze(2) if preprocessing.channels == 1 else pixels)
-        tiles.append(picture.convert("RGB").resize((_TILE_PX, _TILE_PX), Image.Resampling.BILINEAR))
-    canvas = Image.new("RGB", (_SHEET_IMAGES * (_TILE_PX + 2), _TILE_PX), "white")
-    for place, tile in enumerate(tiles):
-        canvas.paste(tile, (place * (_TILE_PX + 2), 0))
-    canvas = canvas.crop((0, 0, max(1, len(tiles)) * (_TILE_PX + 2) - 2, _TILE_PX))
-    buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", optimize=True)
-    return Sheet(title, _inline(buffer.getvalue(), "png"), len(tiles))
+def _sources(found: Mapping[str, Manifest]) -> dict[str, str]:
+    """Fingerprint of each outside source that an artifact was made from."""
+    ours = {document.identity for document in found.values()}
+    named = [pair for document in found.values() for pair in document.inputs.items()]
+    outside = ("teacher", "labeled", "test", "lake", "truth", "metadata")
+    return {name: value for name, value in named if name in outside and value not in ours and value != "none"}
