@@ -1,8 +1,9 @@
 """A pass over rows in shards, as a Ray Data pipeline that can be killed at any moment.
 
-read and `prepare` -> transform (actor pool, loads once) -> write -> receipts. Around GPU actors reading, decoding and
-writing are tasks on other cores, so that the GPU never waits for them. A CPU actor does all of it for its own blocks:
-nothing but receipts travels, and what it made is safe before it begins the next.
+read and `prepare` -> transform (actor pool, loads once) and write -> receipts. Before GPU actors reading and decoding
+are tasks on other cores, and while a block is written the next is worked on, so that the GPU waits for neither. A CPU
+actor does all of it for its own blocks: nothing but receipts travels, and what it made is safe before it begins the
+next.
 
 A receipt says which rows of which shard lie in which file. The driver adds receipts up and commits a shard to
 the ledger when all its rows are accounted for; it never sees a pixel or a feature. Blocks may be cut or joined
@@ -11,8 +12,10 @@ by Ray as it likes: files are named by the first row they hold, so a retried tas
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -249,50 +252,64 @@ def _pipeline(
     context.execution_options.resource_limits = ExecutionResources(cpu=limits.cpus, gpu=limits.gpus)
     context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
     embed, decode = resources.embed, resources.decode
-    alone = actor is not None and embed.gpus == 0
+    on_gpus = embed.gpus > 0
     # Ray lets an actor read its own blocks where both ask for the same resources.
-    reader = embed if alone else decode
+    reader = decode if actor is None or on_gpus else embed
     dataset: ray.data.Dataset = ray.data.read_datasource(
         source, override_num_blocks=units, num_cpus=reader.cpus, memory=reader.memory_gib * 2**30
     )
     whole_block: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    if actor is not None:
-        together = {"open_actor": partial(actor, **actor_arguments), "writer": writer}
-        # Not `map_batches`: that refuses whole blocks for GPUs, lest they be too large. These are cut to size, the
-        # actor takes them in batches of its own, and a batch of two blocks would tear an artifact's file apart.
-        dataset = dataset.map_batches_internal(
-            _WritingActor if alone else actor,
-            fn_constructor_kwargs=together if alone else dict(actor_arguments),
-            compute=ActorPoolStrategy(
-                min_size=min(embed.min_actors, units),
-                max_size=resources.most_actors,
-                max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
-                # A CPU actor that waits for a remote storage works on another block meanwhile.
-                max_concurrent_calls_per_actor=_REMOTE_CALLS if alone and not local else 1,
-            ),
-            num_cpus=embed.cpus,
-            num_gpus=embed.gpus or None,
-            memory=embed.memory_gib * 2**30,
-            **whole_block,
+    if actor is None:
+        write = resources.write
+        written: ray.data.Dataset = dataset.map_batches(
+            writer.__call__, num_cpus=write.cpus, memory=write.memory_gib * 2**30, **whole_block
         )
-    if alone:
-        return dataset
-    write = resources.write
-    written: ray.data.Dataset = dataset.map_batches(
-        writer.__call__, num_cpus=write.cpus, memory=write.memory_gib * 2**30, **whole_block
+        return written
+    # Not `map_batches`: that refuses whole blocks for GPUs, lest they be too large. These are cut to size, the actor
+    # takes them in batches of its own, and a batch of two blocks would tear an artifact's file apart.
+    made: ray.data.Dataset = dataset.map_batches_internal(
+        _WritingActor,
+        fn_constructor_kwargs={
+            "open_actor": partial(actor, **actor_arguments),
+            "writer": writer,
+            "one_at_a_time": on_gpus,
+        },
+        compute=ActorPoolStrategy(
+            min_size=min(embed.min_actors, units),
+            max_size=resources.most_actors,
+            max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
+            # While one block is written, the actor works on another: a GPU always, a CPU where the storage is remote.
+            max_concurrent_calls_per_actor=_REMOTE_CALLS if on_gpus or not local else 1,
+        ),
+        num_cpus=embed.cpus,
+        num_gpus=embed.gpus or None,
+        memory=embed.memory_gib * 2**30,
+        **whole_block,
     )
-    return written
+    return made
 
 
 class _WritingActor:
-    """An actor that writes what it made, and returns the receipts."""
+    """An actor that writes what it made, and returns the receipts.
 
-    def __init__(self, open_actor: Callable[[], Transform], writer: _Writer) -> None:
+    Args:
+        open_actor: Makes what transforms a block.
+        writer: Writes it.
+        one_at_a_time: Transform one block after the other, though several calls are under way: a GPU's memory holds
+            the activations of one batch.
+    """
+
+    def __init__(self, open_actor: Callable[[], Transform], writer: _Writer, one_at_a_time: bool) -> None:
         self._transform = open_actor()
         self._writer = writer
+        self._turn: contextlib.AbstractContextManager[Any] = (
+            threading.Lock() if one_at_a_time else contextlib.nullcontext()
+        )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return self._writer(self._transform(block))
+        with self._turn:
+            made = self._transform(block)
+        return self._writer(made)
 
 
 def _receipts(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:

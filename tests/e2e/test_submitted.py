@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.conftest import SMALL, write_job
@@ -52,7 +54,12 @@ def test_a_submitted_job_mines_every_row_and_is_not_done_twice(head: Head, task:
 def test_a_job_whose_driver_was_killed_goes_on_and_scores_no_shard_again(
     head: Head, task: Path, tmp_path: Path
 ) -> None:
-    job = write_job(task, tmp_path)
+    # In many shards, so that some are finished when the driver dies.
+    images = pa.concat_tables(pq.read_table(file) for file in sorted((task / "lake").glob("*.parquet")))
+    (tmp_path / "lake").mkdir()
+    for first in range(0, images.num_rows, 75):
+        pq.write_table(images.slice(first, 75), tmp_path / f"lake/{first:05d}.parquet", row_group_size=25)
+    job = write_job(task, tmp_path, lake={"uri": str(tmp_path / "lake")})
     status, result, told = head.pu_ray("submit", str(job))
     assert (status, result["action"]) == (0, "submitted"), told
     ledger = tmp_path / "run/features/ledger"
