@@ -524,7 +524,7 @@ class DecodeResources(_Section):
 
 
 class WriteResources(_Section):
-    """The tasks that write the chosen images, mostly waiting for the storage; actors write what they made themselves."""
+    """Tasks that write the chosen images, mostly waiting for the storage; actors write what they make themselves."""
 
     cpus: PositiveFloat = Field(default=0.25, description="Logical CPUs of each task.")
     memory_gib: PositiveFloat = Field(default=0.25, description="Logical memory reserved for each task.")
