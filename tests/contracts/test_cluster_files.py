@@ -56,6 +56,7 @@ def test_every_ray_start_demands_the_token_and_the_head_takes_no_work(path: str)
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in starts[0]
     assert "--dashboard-host=" in starts[0]
     assert "--address=$RAY_HEAD_IP:6379" in starts[1]
+    assert "--object-spilling-directory=" in starts[1]
     assert list(filled["file_mounts"]) == ["~/.ray/auth_token"]
 
 
