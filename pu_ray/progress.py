@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-_LINE_EVERY_S = 15.0
+_LINE_EVERY_S = 60.0
 
 
 class Progress(Protocol):
