@@ -221,6 +221,7 @@ def run(
         weather.update(dict(receipt["retries"]))
         for code, count in receipt["errors"]:
             entry.errors[code] = entry.errors.get(code, 0) + count
+        progress.broken(sum(count for _, count in receipt["errors"]))
         progress.advance(receipt["rows"])
         if entry.rows == expected[entry.shard]:
             ledger.commit(shards[entry.shard], entry, sizes)

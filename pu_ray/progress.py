@@ -36,6 +36,10 @@ class Progress(Protocol):
         """Show that a listing goes on: this many files so far."""
         ...
 
+    def broken(self, count: int) -> None:
+        """Count images that turned out unusable; `advance` counts them too."""
+        ...
+
 
 class Silent:
     """A counter nobody watches."""
@@ -50,6 +54,9 @@ class Silent:
         """See `Progress`."""
 
     def found(self, files: int) -> None:
+        """See `Progress`."""
+
+    def broken(self, count: int) -> None:
         """See `Progress`."""
 
 
@@ -73,7 +80,7 @@ class Narrator:
             TextColumn("{task.description:<10}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}  {task.fields[rate]}"),
+            TextColumn("{task.fields[unit]}  {task.fields[rate]}{task.fields[broken]}"),
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=self._console, transient=True) as bars:
@@ -84,12 +91,14 @@ class _Bar:
     def __init__(self, bars: RichProgress, name: str, narrator: Narrator) -> None:
         self._bars = bars
         self._narrator = narrator
-        self._task = bars.add_task(name, total=None, unit="", rate="")
+        self._task = bars.add_task(name, total=None, unit="", rate="", broken="")
         self._started = time.monotonic()
+        self._broken = 0
 
     def start(self, total: int, unit: str) -> None:
         self._started = time.monotonic()
-        self._bars.reset(self._task, total=total, unit=unit, rate="")
+        self._broken = 0
+        self._bars.reset(self._task, total=total, unit=unit, rate="", broken="")
 
     def advance(self, count: int) -> None:
         done = self._bars.tasks[self._task].completed + count
@@ -102,16 +111,21 @@ class _Bar:
     def found(self, files: int) -> None:
         self._bars.reset(self._task, total=None, completed=files, unit="files listed", rate="")
 
+    def broken(self, count: int) -> None:
+        self._broken += count
+        if self._broken:
+            self._bars.update(self._task, broken=f"  {self._broken:,} broken")
+
 
 class _Lines:
     def __init__(self, narrator: Narrator, name: str) -> None:
         self._narrator = narrator
         self._name = name
-        self._total, self._done, self._unit = 0, 0, ""
+        self._total, self._done, self._broken, self._unit = 0, 0, 0, ""
         self._started = self._spoken = time.monotonic()
 
     def start(self, total: int, unit: str) -> None:
-        self._total, self._done, self._unit = total, 0, unit
+        self._total, self._done, self._broken, self._unit = total, 0, 0, unit
         self._started = self._spoken = time.monotonic()
 
     def advance(self, count: int) -> None:
@@ -127,8 +141,10 @@ class _Lines:
             return
         rate = self._done / max(now - self._started, 1e-9)
         remaining = max(self._total - self._done, 0) / rate
+        broken = f", {self._broken:,} broken" if self._broken else ""
         self._narrator.say(
-            f"  {self._name}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {remaining:,.0f} s left"
+            f"  {self._name}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, "
+            f"{remaining:,.0f} s left{broken}"
         )
 
     def note(self, message: str) -> None:
@@ -139,3 +155,6 @@ class _Lines:
         if now - self._spoken >= _LINE_EVERY_S:
             self._spoken = now
             self._narrator.say(f"  {self._name}: listing, {files:,} files so far")
+
+    def broken(self, count: int) -> None:
+        self._broken += count

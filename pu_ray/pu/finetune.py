@@ -39,6 +39,9 @@ class _Counting:
     def found(self, files: int) -> None:
         """Nothing is listed."""
 
+    def broken(self, count: int) -> None:
+        """The sample holds usable images only."""
+
 
 def train(config: JobConfig, storage: Storage, prior: float, worker: Worker) -> None:
     """Train one worker's share and, on rank 0, keep the result."""

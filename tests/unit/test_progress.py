@@ -70,6 +70,24 @@ def test_a_line_is_said_once_a_minute_with_rate_and_time_left(capsys, clock):
     ]
 
 
+def test_a_line_says_how_many_images_were_broken_so_far(capsys, clock):
+    with Narrator().stage("features") as counter:
+        counter.start(1000, "images")
+        for _ in range(2):
+            clock.now += 100
+            counter.broken(3)
+            counter.advance(100)
+        counter.start(1000, "images")
+        clock.now += 100
+        counter.broken(0)
+        counter.advance(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "  features: 100 of 1,000 images, 1/s, 900 s left, 3 broken",
+        "  features: 200 of 1,000 images, 1/s, 800 s left, 6 broken",
+        "  features: 100 of 1,000 images, 1/s, 900 s left",
+    ]
+
+
 def test_a_quick_stage_says_nothing(capsys, clock):
     with Narrator().stage("select") as counter:
         counter.start(10, "images")
@@ -122,9 +140,11 @@ def test_a_terminal_shows_a_bar_with_count_unit_and_rate(terminal):
         assert (task.total, task.completed) == (40, 15)
         assert task.fields["unit"] == "images"
         assert task.fields["rate"].endswith("/s")
+        counter.broken(2)
         counter.note("in passing")
         counter._bars.refresh()
     assert "15/40" in screen.getvalue()
+    assert "2 broken" in screen.getvalue()
     assert "in passing" in screen.getvalue()
 
 
