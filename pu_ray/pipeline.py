@@ -577,7 +577,7 @@ class Pipeline:
         identity = settings_of.digest({"steps": state, "controls": controls, "audit": audit})
         if self.storage.kind(SUMMARY_FILE) == "file" and self.storage.kind(REPORT_FILE) == "file":
             present: dict[str, Any] = self.storage.read_json(SUMMARY_FILE)
-            if present.get("identity") == identity and "written" in present:
+            if present.get("identity") == identity and {"written", "settings"} <= set(present):
                 return present
         evaluation = self.job.evaluation.model_copy(update={"controls": tuple(controls)})
         job = self.job.model_copy(update={"evaluation": evaluation})

@@ -44,7 +44,7 @@ def job(output: Path, **resources: object) -> JobConfig:
         "teacher": {"architecture": "cifar/resnet8-w16", "weights": "weights", "classes": "classes"},
         "labeled": {"uri": "labeled"},
         "test": {"uri": "test"},
-        "lake": {"uri": "lake"},
+        "lake": {"uri": str(output.parent / "lake")},
         "student": {"architecture": "cifar/resnet8-w16"},
         "resources": resources,
     }
@@ -70,6 +70,7 @@ def test_a_private_ray_prints_nothing_and_leaves_no_token_at_home(tmp_path: Path
 
 @pytest.mark.integration
 def test_preflight_sees_the_running_ray(ray_cluster: object, tmp_path: Path) -> None:
+    (tmp_path / "lake").mkdir()
     with ray_session(address=None, verbose=False, needed_cpus=1) as session:
         assert session.kind == "found"
         report = preflight.check(job(tmp_path / "run"))
