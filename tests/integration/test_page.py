@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from ray import serve
 
 from pu_ray.images import Limits
@@ -22,19 +20,6 @@ from tests.unit.serving.students import LABELS, png, write_student
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 TOKEN = "for-the-page"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must install chromium: `make chromium`")
-        pytest.skip("no chromium; `make chromium` installs Debian's")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

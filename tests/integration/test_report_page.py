@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from pu_ray import pipeline, report, schema
 from pu_ray.storage import Storage
@@ -18,20 +16,7 @@ from tests.unit.artifacts import COUNTS, FACTS, identity_columns, job, png, publ
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CLASSES = [f"class {k:02d} with a rather long name" for k in range(30)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must install chromium: `make chromium`")
-        pytest.skip("no chromium; `make chromium` installs Debian's")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
