@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from artifacts import CLASSES, COUNTS, FACTS, encode, identity_columns, job, picture, png, publish, write_shards
+from artifacts import CLASSES, COUNTS, FACTS, Page, encode, identity_columns, job, picture, png, publish, write_shards
 from PIL import Image
 from scipy import optimize, stats
 
@@ -213,22 +212,6 @@ def fill(storage: Storage, answers: list[str], name: str = "audit.csv") -> str:
     writer.writerows(rows)
     storage.child("audit").write_bytes(name, text.getvalue().encode())
     return f"{storage.uri}/audit/{name}"
-
-
-class Page(HTMLParser):
-    """Tags, their attributes and the text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_the_form_asks_about_images_of_the_selection_in_random_order(tmp_path):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import COUNTS, FACTS, rate
+from artifacts import COUNTS, FACTS, Page, rate
 
 from pu_ray import cli, compare, manifest
 from pu_ray.errors import ConfigError, DataError
@@ -63,22 +62,6 @@ def make(root: Path, settings: dict[str, Any] | None = None, test: str = "test",
     told = {**SUMMARY, "settings": SETTINGS if settings is None else settings, "seconds": seconds, **summary}
     run.write_json("summary.json", {name: value for name, value in told.items() if value is not None})
     return run.uri
-
-
-class Page(HTMLParser):
-    """Tags, their attributes and the text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def rows(found: list[compare.Run]) -> dict[str, tuple[str, ...]]:
