@@ -32,7 +32,7 @@ from pu_ray.storage import Storage
 
 # As in pu_ray.lake_pass; a test holds them together.
 TASKS_IN_FLIGHT = 4
-REMOTE_CALLS = 2
+CALLS = 2
 
 _GIB = 2**30
 _MIB = 2**20
@@ -161,8 +161,9 @@ def _actor(config: JobConfig, teacher: NetworkSize, chunk: _Block) -> MemoryUse:
     embed, on_gpu = config.resources.embed, config.resources.embed.gpus > 0
     with_torch = embedding.engine_kind(config) == "torch"
     networks = 2 if config.scorer.features == "finetuned" else 1
-    # What waits for a remote storage works on another block meanwhile (lake_pass); a GPU actor has one at a time.
-    calls = 1 if on_gpu or Storage(config.output).is_local else REMOTE_CALLS
+    # What waits for a remote storage works on another block meanwhile (lake_pass). A GPU actor works on one at a time, and
+    # the one whose turn is next lies in the object store.
+    calls = 1 if on_gpu or Storage(config.output).is_local else CALLS
     bytes_of = {
         "process": _PROCESS_BYTES + _ACTOR_BYTES + (_TORCH_BYTES if with_torch else 0) + (_CUDA_BYTES if on_gpu else 0),
         "networks": networks * teacher.parameter_bytes * (1 if with_torch else _ONNX_COPIES),
@@ -215,7 +216,7 @@ def _nodes(
     beside = min(stage.decoders, decoders_beside(gpu, load, actors))
     block_gib = chunk.pixel_bytes / _GIB
     # What waits for the actors, and what the tasks are about to hand over.
-    store = (actors * TASKS_IN_FLIGHT + beside) * block_gib
+    store = (actors * CALLS * TASKS_IN_FLIGHT + beside) * block_gib
     yield _node("gpu", gpu, actors, beside, store, actors * actor.needs_gib + beside * task.needs_gib)
     if stage.cpu_nodes:
         tasks = min(stage.decoders, int(fits(cpu, load.decoder)))

@@ -43,8 +43,10 @@ Transform = Callable[[pa.Table], pa.Table]
 
 # Waiting hours for spot capacity is not a failure (Ray's default gives up after half an hour without progress).
 _NO_PROGRESS_TIMEOUT_S = 6 * 3600
-_TASKS_IN_FLIGHT = 4  # one at work, the others near it
-_REMOTE_CALLS = 2
+# For each call that an actor works on at once: one at work, the others near it. Ray Data adds an actor where there are
+# at least 1.75.
+_TASKS_IN_FLIGHT = 4
+_CALLS = 2
 _CHUNK_BYTES = 64 * 2**20  # of decoded pixels: well below Ray's target block size, so a chunk is one block
 _LEAST_CHUNK_BYTES = 64 * 2**10  # encoded; smaller units would cost more than the images in them
 _UNITS_PER_ACTOR = 8
@@ -266,6 +268,8 @@ def _pipeline(
             writer.__call__, num_cpus=write.cpus, memory=write.memory_gib * 2**30, **whole_block
         )
         return written
+    # While one block is written, the actor works on another: a GPU always, a CPU where the storage is remote.
+    calls = _CALLS if on_gpus or not local else 1
     # Not `map_batches`: that refuses whole blocks for GPUs, lest they be too large. These are cut to size, the actor
     # takes them in batches of its own, and a batch of two blocks would tear an artifact's file apart.
     made: ray.data.Dataset = dataset.map_batches_internal(
@@ -278,9 +282,8 @@ def _pipeline(
         compute=ActorPoolStrategy(
             min_size=min(embed.min_actors, units),
             max_size=resources.most_actors,
-            max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
-            # While one block is written, the actor works on another: a GPU always, a CPU where the storage is remote.
-            max_concurrent_calls_per_actor=_REMOTE_CALLS if on_gpus or not local else 1,
+            max_tasks_in_flight_per_actor=calls * _TASKS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=calls,
         ),
         num_cpus=embed.cpus,
         num_gpus=embed.gpus or None,

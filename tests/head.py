@@ -58,14 +58,14 @@ class Head:
         )
         return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
 
-    def run(self, job: Path) -> tuple[str, str]:
-        """Status and log of `pu-ray run` as a job of this cluster, without a working directory that travels.
+    def run(self, verb: str, job: Path) -> tuple[str, str]:
+        """Status and log of a verb of `pu-ray` as a job of this cluster, without a working directory that travels.
 
         Nodes that are processes on one machine share the folder of such directories, and each empties it at its start.
         """
         client = httpx.Client(base_url=self.address, headers=self.token, timeout=30)
         request = {
-            "entrypoint": f"{sys.executable} -m pu_ray run {job} --json",
+            "entrypoint": f"{sys.executable} -m pu_ray {verb} {job} --json",
             "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},
         }
         name = client.post("/api/jobs/", json=request).raise_for_status().json()["submission_id"]

@@ -40,14 +40,13 @@ def job(task: Path, folder: Path, gpus: float) -> Path:
         task,
         folder,
         # Large pictures, so that a node is worth its start.
-        teacher={"preprocessing": {"size_px": 64, "channels": 1, "mean": [0.13], "std": [0.31]}},
+        teacher={"preprocessing": {"size_px": 160, "channels": 1, "mean": [0.13], "std": [0.31]}},
         lake={"chunk_rows": 20},
         features={"engine": "onnx"},
         resources={
             "embed": {"gpus": gpus, "cpus": 1, "min_actors": 1, "max_actors": 3},
             "train": {"gpus": 0, "cpus": 1},
         },
-        distill={"max_steps": 5, "validations": 1},
     )
 
 
@@ -56,7 +55,7 @@ def test_a_job_that_no_kind_of_node_could_hold_is_refused_instead_of_waiting_for
 ) -> None:
     wanting = job(task, tmp_path, gpus=2)
     with started(tmp_path / "home", cpus=4, node_types=GPU_NODES) as head:
-        status, said = head.run(wanting)
+        status, said = head.run("features", wanting)
         assert status == "FAILED"
         assert "no kind of node" in said
         assert "one of the embedding actors needs 1 CPU, 2 GPU" in said
@@ -79,12 +78,12 @@ def test_nodes_come_for_the_mining_and_go_when_it_is_done(task: Path, tmp_path: 
         watcher.start()
         stack.callback(watcher.join)
         stack.callback(done.set)
-        status, said = head.run(growing)
+        status, said = head.run("features", growing)
         assert status == "SUCCEEDED", said
         deadline = time.monotonic() + 60
         while gpus(head) > 0:
             assert time.monotonic() < deadline, "nodes stayed though nobody needed them"
             time.sleep(0.5)
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["scored_rows"] + summary["error_rows"] == SMALL.lake_rows
+    made = json.loads((tmp_path / "run/features/manifest.json").read_text())["counts"]
+    assert (made["rows"], made["errors"]) == (SMALL.lake_rows, SMALL.broken)
     assert 2 <= max(count for _, count in seen) <= 3

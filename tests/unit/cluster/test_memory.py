@@ -47,7 +47,7 @@ def with_nodes(cpu: dict[str, float], gpu: dict[str, float]) -> Prices:
 
 def test_constants_are_those_of_the_pass() -> None:
     assert memory.TASKS_IN_FLIGHT == lake_pass._TASKS_IN_FLIGHT
-    assert memory.REMOTE_CALLS == lake_pass._REMOTE_CALLS
+    assert memory.CALLS == lake_pass._CALLS
 
 
 def test_a_cpu_actor_by_hand(make_job: MakeJob) -> None:
@@ -89,7 +89,7 @@ def test_a_gpu_node_holds_actors_decoders_and_blocks(make_job: MakeJob) -> None:
     node = found.nodes[0]
     assert (node.node, node.actors) == ("gpu", 2)
     block_gib = 400 * 3072 / GIB
-    assert node.store_gib == pytest.approx((2 * 4 + node.decoders) * block_gib, abs=1e-3)
+    assert node.store_gib == pytest.approx((2 * 2 * 4 + node.decoders) * block_gib, abs=1e-3)
     expected = 2 * found.processes[0].needs_gib + node.decoders * found.processes[1].needs_gib + node.store_gib
     assert node.needs_gib == pytest.approx(expected, abs=2e-3)
 
