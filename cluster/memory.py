@@ -161,8 +161,8 @@ def _actor(config: JobConfig, teacher: NetworkSize, chunk: _Block) -> MemoryUse:
     embed, on_gpu = config.resources.embed, config.resources.embed.gpus > 0
     with_torch = embedding.engine_kind(config) == "torch"
     networks = 2 if config.scorer.features == "finetuned" else 1
-    # What waits for a remote storage works on another block meanwhile (lake_pass). A GPU actor works on one at a time, and
-    # the one whose turn is next lies in the object store.
+    # What waits for a remote storage works on another block meanwhile (lake_pass). A GPU actor works on one at a time,
+    # and the one whose turn is next lies in the object store.
     calls = 1 if on_gpu or Storage(config.output).is_local else CALLS
     bytes_of = {
         "process": _PROCESS_BYTES + _ACTOR_BYTES + (_TORCH_BYTES if with_torch else 0) + (_CUDA_BYTES if on_gpu else 0),
