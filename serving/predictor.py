@@ -24,8 +24,6 @@ Floats = npt.NDArray[np.float32]
 
 _TIMED_PASSES = 5
 _CHEAPER = 0.97  # of the cost of an image that a batch twice as large must not exceed, to go on doubling
-# Of the cost of an image alone: gathering a batch costs each of its requests two more changes of thread.
-_WORTH_IT = 0.75
 
 # Encoded images, decoded uint8 [N, H, W, C] at the network's size, or the network's own float32 [N, C, H, W].
 Images = Sequence[bytes] | Pixels | Floats
@@ -151,7 +149,7 @@ class Predictor:
             )
 
     def best_batch(self, most: int) -> int:
-        """How many images this machine runs fastest together; 1 where together is hardly faster than one by one.
+        """How many images this machine runs fastest together.
 
         Args:
             most: Upper limit, at least 1.
@@ -173,8 +171,7 @@ class Predictor:
             if count > 1 and costs_s[count] >= _CHEAPER * costs_s[count // 2]:
                 break
             count *= 2
-        best = min(costs_s, key=costs_s.__getitem__)
-        return best if costs_s[best] < _WORTH_IT * costs_s[1] else 1
+        return min(costs_s, key=costs_s.__getitem__)
 
     def prepare(self, images: Images) -> Prepared:
         """Decode and normalise; float32 images are passed on as they are.

@@ -37,9 +37,8 @@ class ServingSettings(BaseModel):
         default=(0, 1), description="Fewest and most of the processes that the tail shares; 0: none while nobody asks."
     )
     tail_open: int = Field(default=8, ge=1, description="Students that one such process keeps open.")
-    max_batch_images: int = Field(default=32, ge=1, description="Images in one forward pass, of any requests.")
-    batch_wait_s: float = Field(
-        default=0.0, ge=0, le=10, description="How long the first image waits for company; 0: what came meanwhile."
+    max_batch_images: int = Field(
+        default=32, ge=1, description="Most images in one forward pass, of any requests; fewer where that is faster."
     )
     max_queued_requests: int = Field(
         default=128, ge=1, description="Requests that may wait for a student; more are told to come back (503)."

@@ -54,7 +54,7 @@ def server(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (folder / "encoded").mkdir()
     for seed in range(3):
         (folder / "encoded" / f"{seed}.png").write_bytes(png(seed))
-    settings = ServingSettings(token_digests=(auth.digest(TOKEN),), grpc_port=free_port(), batch_wait_s=0.01)
+    settings = ServingSettings(token_digests=(auth.digest(TOKEN),), grpc_port=free_port())
     url = app.deploy([uri], settings, port=free_port())
     yield Server(url, f"127.0.0.1:{settings.grpc_port}", Predictor(registry.load(uri), Limits()), folder)
     serve.shutdown()

@@ -29,9 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: object, exported: list[str]) -> Iterator[str]:
-    yield app.deploy(
-        exported, ServingSettings(token_digests=(auth.digest(TOKEN),), batch_wait_s=0.01), port=free_port()
-    )
+    yield app.deploy(exported, ServingSettings(token_digests=(auth.digest(TOKEN),)), port=free_port())
     serve.shutdown()
 
 

@@ -26,7 +26,7 @@ from tests.unit.serving.students import LABELS, picture, png, write_student
 pytestmark = pytest.mark.timeout(300)
 
 SETTINGS = ServingSettings(
-    max_batch_images=8, max_images=20, max_body_bytes=200_000, batch_wait_s=0.01, authentication="off", reload_s=0.5
+    max_batch_images=8, max_images=20, max_body_bytes=200_000, authentication="off", reload_s=0.5
 )
 PNG = {"Content-Type": "image/png"}
 

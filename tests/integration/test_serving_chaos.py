@@ -32,7 +32,7 @@ def placement(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def url(ray_cluster: object, placement: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     uri = write_student(tmp_path_factory.mktemp("chaos"))
-    settings = settings_from({"authentication": "off", "replicas": 2, "batch_wait_s": 0.005, "placement": placement})
+    settings = settings_from({"authentication": "off", "replicas": 2, "placement": placement})
     yield app.deploy([uri], settings, port=free_port())
     serve.shutdown()
 

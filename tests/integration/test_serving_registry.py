@@ -72,7 +72,6 @@ def registry(
         token_digests=(auth.digest(TOKEN),),
         grpc_port=free_port(),
         reload_s=0.3,
-        batch_wait_s=0.01,
         placement=request.param,
     )
     url = app.deploy([catalog.uri], settings, port=free_port())
@@ -203,7 +202,7 @@ def test_the_tail_shares_a_process_that_starts_on_demand(
     serve.shutdown()
     folder = tmp_path_factory.mktemp("tail")
     uris = [write_student(folder / name, name, seed) for seed, name in enumerate(["pets", "shoes", "cars"])]
-    settings = ServingSettings(authentication="off", tail=("*",), tail_open=2, batch_wait_s=0.01)
+    settings = ServingSettings(authentication="off", tail=("*",), tail_open=2)
     url = app.deploy(uris, settings, port=free_port())
     assert set(serve.status().applications) == {"student-tail", "pu-ray"}
     replicas = serve.status().applications["student-tail"].deployments["replica"].replica_states

@@ -22,7 +22,7 @@ from serving.plan import plan
 from serving.settings import ServingSettings
 from tests.unit.serving.students import onnx_network, write_student
 
-SETTINGS = ServingSettings(max_batch_images=8, batch_wait_s=0.2, authentication="off")
+SETTINGS = ServingSettings(max_batch_images=8, authentication="off")
 
 
 @pytest.mark.parametrize("variable", ["RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS"])

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
-from types import SimpleNamespace
+import threading
 
 import numpy as np
 import pytest
-from ray import serve
 
 from pu_ray.errors import DataError
 from serving import local
-from serving.predictor import Floats, Predictions, Predictor
+from serving.predictor import Floats, Images, Predictions, Predictor, Prepared
 from serving.registry import Student
 from serving.settings import ServingSettings
 from tests.unit.serving.students import png
 
-SETTINGS = ServingSettings(max_batch_images=8, batch_wait_s=0.2, authentication="off")
+SETTINGS = ServingSettings(max_batch_images=8, authentication="off")
 
 
 def test_a_student_that_changed_since_is_refused(student: Student) -> None:
@@ -28,49 +26,115 @@ def test_a_student_that_changed_since_is_refused(student: Student) -> None:
     assert refusal.value.allowed == "version another"
 
 
-def test_requests_share_batches_and_get_their_own_rows(
-    student: Student, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Predictor, "best_batch", lambda _self, most: most)
-    batches: list[list[int]] = []
-    together = local._forward_together
+REQUESTS = [[png(0)], [png(1), b"bad", png(2)], [png(seed) for seed in range(3, 14)], [b"bad"], [png(20)]]
 
-    def counting(network: Predictor, pieces: Sequence[Floats]) -> list[Floats]:
-        batches.append([len(piece) for piece in pieces])
-        return together(network, pieces)
 
-    monkeypatch.setattr(local, "_forward_together", counting)
-    # Serve's batching asks its replica for one number, even in Serve's own mode for local tests.
-    deployment = SimpleNamespace(max_ongoing_requests=2 * SETTINGS.max_batch_images)
-    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(_deployment_config=deployment))
-    requests = [[png(0)], [png(1), b"bad", png(2)], [png(seed) for seed in range(3, 14)], [b"bad"], [png(20)]]
+def answers(student: Student, requests: list[list[bytes]], **changes: int) -> list[Predictions]:
+    """What a student says to requests that come all at once."""
 
     async def asking() -> list[Predictions]:
-        one = local.LocalStudent(student, SETTINGS)
+        one = local.LocalStudent(student, SETTINGS.model_copy(update=changes))
         return await asyncio.gather(*map(one.predict, requests))
 
-    for images, answer in zip(requests, asyncio.run(asking()), strict=True):
-        expected = predictor.predict(images)
-        np.testing.assert_allclose(answer.logits_NK, expected.logits_NK, rtol=1e-5, atol=1e-5)
-        assert {position: error.code for position, error in answer.failures.items()} == {
-            position: error.code for position, error in expected.failures.items()
+    return asyncio.run(asking())
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images of each forward pass, once a student is open."""
+    images: list[int] = []
+    forward = Predictor.forward
+
+    def counting(self: Predictor, pixels: Floats) -> Floats:
+        images.append(len(pixels))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(Predictor, "forward", counting)
+    return images
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_requests_share_passes_and_get_their_own_rows(
+    student: Student,
+    predictor: Predictor,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: list[int],
+    batch: int,
+    threads: int,
+) -> None:
+    monkeypatch.setattr(Predictor, "best_batch", lambda _self, _most: batch)
+    expected = [predictor.predict(images) for images in REQUESTS]
+    passes.clear()
+    for one, other in zip(answers(student, REQUESTS, cpus_per_replica=threads), expected, strict=True):
+        np.testing.assert_allclose(one.logits_NK, other.logits_NK, rtol=1e-5, atol=1e-5)
+        assert {position: error.code for position, error in one.failures.items()} == {
+            position: error.code for position, error in other.failures.items()
         }
-    assert max(map(sum, batches)) <= SETTINGS.max_batch_images
-    assert sum(map(sum, batches)) == 15
-    assert any(len(pieces) > 1 for pieces in batches)
+    assert max(passes) <= batch
+    assert sum(passes) == 15
 
 
-def test_requests_go_alone_where_a_batch_gains_nothing(
-    student: Student, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+def test_what_comes_meanwhile_goes_together(
+    student: Student, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    monkeypatch.setattr(Predictor, "best_batch", lambda _self, _most: 4)
+    all_wait, prepare = threading.Event(), Predictor.prepare
+
+    def waiting(self: Predictor, images: Images) -> Prepared:
+        assert all_wait.wait(30)
+        return prepare(self, images)
+
+    monkeypatch.setattr(Predictor, "prepare", waiting)
+
+    async def asking() -> None:
+        one = local.LocalStudent(student, SETTINGS)
+        first = asyncio.create_task(one.predict([png(0)]))
+        await asyncio.sleep(0.2)  # it is at work
+        others = [asyncio.create_task(one.predict([png(seed)])) for seed in range(1, 8)]
+        await asyncio.sleep(0)
+        all_wait.set()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(asking())
+    assert passes == [1, 4, 3]
+
+
+def test_nobody_works_for_whoever_stopped_waiting(
+    student: Student, monkeypatch: pytest.MonkeyPatch, passes: list[int]
 ) -> None:
     monkeypatch.setattr(Predictor, "best_batch", lambda _self, _most: 1)
-    requests = [[png(0)], [png(1), b"bad", png(2)], [png(seed) for seed in range(3, 24)], [b"bad"]]
+    all_wait, prepare = threading.Event(), Predictor.prepare
 
-    async def asking() -> list[Predictions]:
+    def waiting(self: Predictor, images: Images) -> Prepared:
+        assert all_wait.wait(30)
+        return prepare(self, images)
+
+    monkeypatch.setattr(Predictor, "prepare", waiting)
+
+    async def asking() -> None:
         one = local.LocalStudent(student, SETTINGS)
-        return await asyncio.gather(*map(one.predict, requests))
+        first, left, last = (asyncio.create_task(one.predict([png(seed)])) for seed in range(3))
+        await asyncio.sleep(0.2)
+        left.cancel()
+        await asyncio.sleep(0)
+        all_wait.set()
+        await asyncio.gather(first, last)
+        assert left.cancelled()
 
-    for images, answer in zip(requests, asyncio.run(asking()), strict=True):
-        expected = predictor.predict(images)
-        np.testing.assert_allclose(answer.logits_NK, expected.logits_NK, rtol=1e-5, atol=1e-5)
-        assert list(answer.failures) == list(expected.failures)
+    asyncio.run(asking())
+    assert passes == [1, 1]
+
+
+def test_an_unexpected_failure_reaches_whoever_asked(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Predictor, "best_batch", lambda _self, _most: 4)
+
+    async def asking() -> None:
+        one = local.LocalStudent(student, SETTINGS)
+        with monkeypatch.context() as broken:
+            broken.setattr(Predictor, "forward", lambda _self, _pixels: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await one.predict([png(0)])
+        assert np.isfinite((await one.predict([png(0)])).logits_NK).all()
+
+    asyncio.run(asking())

@@ -17,7 +17,6 @@ from serving.settings import ServingSettings
         {"replicas": 0},
         {"cpus_per_replica": 0},
         {"max_batch_images": 0},
-        {"batch_wait_s": -1},
         {"max_queued_requests": 0},
         {"max_body_bytes": 0},
         {"max_images": 0},
