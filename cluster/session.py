@@ -80,13 +80,16 @@ class SessionInfo:
 
 
 @contextlib.contextmanager
-def ray_session(*, address: str | None, verbose: bool, needed_cpus: float) -> Iterator[SessionInfo]:
+def ray_session(
+    *, address: str | None, verbose: bool, needed_cpus: float, worker_hook: str | None = None
+) -> Iterator[SessionInfo]:
     """A running Ray for the length of a `with` block.
 
     Args:
         address: Where to connect; None: `RAY_ADDRESS` if set, else a private Ray on this machine.
         verbose: Let Ray's own logs and its workers' output through to stderr; otherwise errors only.
         needed_cpus: Logical CPUs the pipeline occupies at once; a private Ray offers at least these.
+        worker_hook: Import path of a function that every worker of a private Ray calls first.
 
     Raises:
         ClusterError: Ray cannot be started, reached, or refuses the token.
@@ -109,6 +112,8 @@ def ray_session(*, address: str | None, verbose: bool, needed_cpus: float) -> It
             os.environ.update(private_token(os.environ))
             stack.enter_context(_variables(local_environment(os.environ)))
             options |= local_options(needed_cpus)
+            if worker_hook is not None:
+                options["runtime_env"] = {"worker_process_setup_hook": worker_hook}
         else:
             _require_listener(address)
             options |= {"address": address}

@@ -96,6 +96,9 @@ def serve(
             )
         for variable, value in _HAPROXY.items():
             os.environ.setdefault(variable, value)  # Ray reads them when it is first imported
+    from serving import lean
+
+    lean.import_serve()
     from cluster.session import ray_session
     from serving import app as server
     from serving import auth, deployment_file
@@ -133,7 +136,7 @@ def serve(
         if not verbose:
             # Ray reports the end of its own controller on stdout, as an error.
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        stack.enter_context(ray_session(address=address, verbose=verbose, needed_cpus=needed))
+        stack.enter_context(ray_session(address=address, verbose=verbose, needed_cpus=needed, worker_hook=lean.HOOK))
         # Whoever manages processes says SIGTERM where a person says Ctrl-C. Ray's own handler prints a stack.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         server.run_until_interrupted(
