@@ -548,6 +548,9 @@ class TrackingConfig(_Section):
 
     mlflow_uri: str | None = Field(default=None, description="An MLflow tracking server or folder.")
     experiment: str = Field(default="pu-ray", min_length=1, description="The MLflow experiment.")
+    registered_model: str | None = Field(
+        default=None, min_length=1, description="The exported student's name in MLflow's registry; null: the job's."
+    )
 
 
 class LimitsConfig(_Section):

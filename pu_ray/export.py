@@ -21,10 +21,10 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from pu_ray import card, cost, engine, gate, images, lake, ledger, manifest, models, quantise, schema
+from pu_ray import card, cost, engine, gate, images, lake, ledger, manifest, models, quantise, schema, tracking
 from pu_ray.config import ExportConfig, JobConfig, PreprocessingConfig
 from pu_ray.distill import data
-from pu_ray.errors import DataError
+from pu_ray.errors import ClusterError, DataError
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.measures import wilson
 from pu_ray.progress import Progress
@@ -350,6 +350,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     target.delete()
     for file, content in contents.items():
         target.write_bytes(file, content)
+    registered = _register(config, contents, len(classes), distilled, evaluation, identity, progress)
     return publication.publish(
         target,
         counts={
@@ -368,5 +369,39 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             # What serving compares its own traffic with.
             "confidence_deciles": confidence_deciles(reference),
             "student_accuracy": evaluation.facts["student_accuracy"],
+            **registered,
         },
     )
+
+
+def _register(
+    config: JobConfig,
+    contents: Mapping[str, bytes],
+    classes: int,
+    distilled: Manifest,
+    evaluation: Manifest,
+    identity: str,
+    progress: Progress,
+) -> dict[str, str]:
+    """Bring the student to MLflow's model registry, where there is one; a server that is away stops no export."""
+    if config.tracking.mlflow_uri is None:
+        return {}
+    graph, run = contents.get(_FORMATS["onnx"][0]), distilled.facts.get("mlflow_run")
+    if graph is None or run is None:
+        missing = "no ONNX file in export.formats" if graph is None else "the training did not reach MLflow"
+        progress.note(f"the student is not registered in MLflow: {missing}")
+        return {}
+    name = config.tracking.registered_model or config.name
+    preprocessing = config.student_preprocessing
+    size = preprocessing.size_px
+    shapes = {INPUT_NAME: (-1, preprocessing.channels, size, size), OUTPUT_NAME: (-1, classes)}
+    facts = evaluation.facts
+    metrics = {f"test_{who}_accuracy": facts[f"{who}_accuracy"]["value"] for who in ("teacher", "student")}
+    metrics |= {f"test_{figure}": facts[figure] for figure in ("gap_to_teacher", "agreement")}
+    tags = {"pu_ray.identity": identity}
+    try:
+        version = tracking.register(config.tracking, name, run, graph, shapes, metrics, tags)
+    except ClusterError as error:
+        progress.note(str(error))
+        return {}
+    return {"mlflow_model": f"models:/{name}/{version}"}

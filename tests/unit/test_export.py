@@ -18,8 +18,15 @@ from artifacts import CLASSES, COUNTS, FACTS, encode, job, picture, publish, wri
 from PIL import Image
 from safetensors.torch import load
 
-from pu_ray import export, gate, images, manifest, models, quantise, schema
-from pu_ray.config import ExportConfig, GateConfig, JobConfig, PreprocessingConfig, StudentConfig
+from pu_ray import export, gate, images, manifest, models, quantise, schema, tracking
+from pu_ray.config import (
+    ExportConfig,
+    GateConfig,
+    JobConfig,
+    PreprocessingConfig,
+    StudentConfig,
+    TrackingConfig,
+)
 from pu_ray.errors import DataError, GateError
 from pu_ray.progress import Silent
 from pu_ray.storage import Storage, sha256_of
@@ -276,6 +283,71 @@ def test_an_image_that_the_job_allows_is_no_surprise_at_export(config, monkeypat
 
 
 # -- eight bits, the digests, other images than the teacher's ----------------------------------------------
+
+
+# -- MLflow's registry -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tracked(config, tmp_path, monkeypatch) -> JobConfig:
+    """The job with a student whose training is known to an MLflow folder."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    settings = TrackingConfig(mlflow_uri=f"file://{tmp_path}/mlruns")
+    training = tracking.log_to_mlflow(settings, "job", {"seed": 0}, [], {})
+    student = Storage(config.output).child("student")
+    publish(student, "distill", counts=manifest.read(student).counts, facts={"mlflow_run": training})
+    return formats(config, "onnx").model_copy(update={"tracking": settings})
+
+
+def test_the_student_is_registered_with_its_signature(tracked, monkeypatch):
+    import mlflow.onnx
+    from mlflow import MlflowClient
+
+    document, exported = run(tracked)
+    assert document.facts["mlflow_model"] == f"models:/{tracked.name}/1"
+    uri = tracked.tracking.mlflow_uri
+    version = MlflowClient(uri).get_model_version(tracked.name, "1")
+    training = manifest.read(Storage(tracked.output).child("student")).facts["mlflow_run"]
+    assert (version.run_id, version.tags) == (training, {"pu_ray.identity": "identity"})
+    assert MlflowClient(uri).get_run(training).data.metrics["test_student_accuracy"] == 0.93
+    # As whoever deploys from the registry would.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    signature = mlflow.models.get_model_info(document.facts["mlflow_model"]).signature
+    size = tracked.student_preprocessing.size_px
+    (taken,), (given,) = signature.inputs.inputs, signature.outputs.inputs
+    assert (taken.name, taken.type, taken.shape) == ("pixels", np.float32, (-1, 3, size, size))
+    assert (given.name, given.type, given.shape) == ("logits", np.float32, (-1, 2))
+    again = mlflow.onnx.load_model(document.facts["mlflow_model"]).SerializeToString()
+    pixels = np.random.default_rng(0).normal(size=(3, 3, size, size)).astype(np.float32)
+    answers = [session(graph).run(None, {"pixels": pixels})[0] for graph in (again, exported.read_bytes("model.onnx"))]
+    np.testing.assert_array_equal(*answers)
+
+
+def test_another_export_is_another_version_of_the_name_that_was_chosen(tracked):
+    named = tracked.tracking.model_copy(update={"registered_model": "shop-window"})
+    config = tracked.model_copy(update={"tracking": named})
+    assert [run(config)[0].facts["mlflow_model"] for _ in range(2)] == [
+        "models:/shop-window/1",
+        "models:/shop-window/2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"export": ExportConfig(formats=("safetensors",))}, "no ONNX file in export.formats"),
+        ({"tracking": TrackingConfig(mlflow_uri="http://127.0.0.1:9")}, "MLflow does not take the model"),
+    ],
+)
+def test_a_registry_that_takes_nothing_stops_no_export(tracked, monkeypatch, change, said):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    notes: list[str] = []
+    listening = Silent()
+    listening.note = notes.append
+    config = tracked.model_copy(update=change)
+    document = export.run(config, Storage(config.output), {}, "identity", listening)
+    assert "mlflow_model" not in document.facts
+    assert said in notes[0]
 
 
 def session(content: bytes) -> onnxruntime.InferenceSession:
