@@ -6,9 +6,10 @@ A curve is a list of records, each a mapping from names to numbers with `step` a
 from __future__ import annotations
 
 import importlib.util
+import io
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,12 @@ def register(
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """MLflow's exceptions end here."""
+    """MLflow's exceptions end here, and what it prints: stdout belongs to results."""
     from mlflow.exceptions import MlflowException
 
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     except MlflowException as error:
         raise ClusterError(
             f"MLflow does not take {what}",
