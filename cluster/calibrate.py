@@ -108,6 +108,7 @@ class _Decoded:
         if not self.tables:
             raise DataError(
                 "none of the sample's images can be decoded, so that nothing can be measured",
+                slug="nothing-to-measure",
                 where=self._config.lake.uri,
                 got=f"{self.broken} unusable images",
                 hint="look at them with `pu-ray lake inspect`, or plan without --calibrate",

@@ -250,6 +250,7 @@ def _misfits(work: Sequence[Load], prices: Prices) -> Iterator[PuRayError]:
                 told.add(section)
                 yield ClusterError(
                     f"no {name} node of the price table can hold even one of these processes",
+                    slug="process-larger-than-node",
                     where=section,
                     allowed=_room(machine),
                     got=_asked(each),
@@ -279,6 +280,7 @@ def _overflow(node: NodeUse, processes: Sequence[MemoryUse]) -> PuRayError:
     held_gib = min(node.store_gib, OBJECT_STORE_FRAC * node.memory_gib)
     return ClusterError(
         f"a {node.node} node would run out of memory, by estimate",
+        slug="out-of-memory",
         where="resources",
         allowed=f"{node.memory_gib:g} GiB (cluster/prices.yaml or --prices: memory_gib)",
         got=f"{node.needs_gib:.3g} GiB: "

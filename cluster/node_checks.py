@@ -160,6 +160,7 @@ def ask_all(output: str, lake: str) -> list[Asked]:
             except ray.exceptions.RayError as error:
                 raise ClusterError(
                     "a node cannot run PU-Ray",
+                    slug="node-cannot-run",
                     where=f"node {pending[answer]}",
                     got=str(error).strip().splitlines()[-1],
                     hint="every node needs the same image, or packages as in requirements.lock",
@@ -167,6 +168,7 @@ def ask_all(output: str, lake: str) -> list[Asked]:
     if waiting:
         raise ClusterError(
             "nodes do not answer",
+            slug="nodes-do-not-answer",
             where=", ".join(sorted(pending[answer] for answer in waiting)),
             allowed=f"an answer to a small task within {_NODE_TIMEOUT_S:.0f} s",
             hint="look at `ray status` and at those nodes' logs; take them out of the cluster if they hang",

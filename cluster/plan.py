@@ -156,7 +156,11 @@ def make(
     """
     if deadline_hours is not None and not 0 < deadline_hours < math.inf:
         raise ConfigError(
-            "nothing can end then", where="--deadline", allowed="a number of hours above 0", got=f"{deadline_hours:g}"
+            "nothing can end then",
+            slug="invalid-deadline",
+            where="--deadline",
+            allowed="a number of hours above 0",
+            got=f"{deadline_hours:g}",
         )
     refusals: list[PuRayError] = []
     lake = labeled = networks = measured = None
@@ -203,7 +207,7 @@ def make(
         currency=prices.currency,
         assumptions=reckoned.assumptions,
         warnings=reckoned.warnings,
-        refusals=tuple(str(refusal) for refusal in refusals),
+        refusals=tuple(f"({refusal.code}) {refusal}" for refusal in refusals),
         exit_status=refusals[0].exit_status if refusals else 0,
     )
 
@@ -380,6 +384,7 @@ def _count_images(where: str, uri: str) -> int:
     if files == 0:
         raise DataError(
             "there are no images",
+            slug="no-images",
             where=f"{where} ({uri})",
             allowed="one folder per class, with images",
             got="0 files",

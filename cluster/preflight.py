@@ -197,6 +197,7 @@ def check(config: JobConfig, *, every_node: bool = True) -> PreflightReport:
     if found and not capacity.may_grow:
         raise ClusterError(
             "the cluster is too small for this job, which would wait forever",
+            slug="too-small",
             where="resources",
             got=_SEPARATOR.join(found),
             hint=_hint(requirements, capacity),
@@ -220,6 +221,7 @@ def probe_output(uri: str) -> None:
     except (OSError, PuRayError) as error:
         raise ClusterError(
             "the output cannot be used: a small object could not be written, read back and deleted",
+            slug="output-unusable",
             where=f"output ({uri})",
             allowed="a folder or bucket that this job may write, read and delete in",
             got=str(error).splitlines()[0],
@@ -234,6 +236,7 @@ def _check_nodes(config: JobConfig) -> None:
     if found:
         raise ClusterError(
             "not every node could do its part of this job",
+            slug="node-checks-failed",
             where="cluster",
             got=_SEPARATOR.join(found),
             hint="mend these nodes or take them out of the cluster; all need the same image, storage and credentials",
@@ -252,6 +255,7 @@ def _ask_autoscaler(requirements: Sequence[Requirement], capacity: Capacity) -> 
     if refused:
         raise ClusterError(
             "this cluster may start no kind of node that could hold this job's processes, so it would wait forever",
+            slug="no-fitting-node",
             where="resources",
             got=_SEPARATOR.join(
                 f"{stage}: one of the {part.what} needs {_one(part)} on one node: lower {part.setting}"

@@ -84,6 +84,7 @@ def load(path: Path = PRICES_FILE) -> Prices:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             "the price table cannot be read",
+            slug="price-table-unreadable",
             where=str(path),
             got=str(error),
             hint="copy cluster/prices.yaml and edit the copy",
@@ -93,6 +94,7 @@ def load(path: Path = PRICES_FILE) -> Prices:
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
             "the price table is wrong",
+            slug="price-table-invalid",
             where=f"{path}: {where}" if where else str(path),
             got=first["msg"],
             hint="cluster/prices.yaml has every field, with its unit",

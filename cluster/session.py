@@ -277,6 +277,7 @@ def _explain(address: str | None, error: Exception) -> ClusterError:
     if address is None:
         return ClusterError(
             "Ray could not be started on this machine",
+            slug="ray-not-started",
             got=reason,
             hint="check free memory, free space in /tmp and /dev/shm, and the logs in Ray's session folder; "
             "--verbose shows Ray's own messages",
@@ -289,6 +290,7 @@ def _explain(address: str | None, error: Exception) -> ClusterError:
         hint = "check that the cluster is up (`ray status` on its head) and that this machine can reach the port"
     return ClusterError(
         "no connection to the Ray cluster",
+        slug="not-connected",
         where=address,
         allowed='"auto", host:port of the head (6379), or ray://host:10001',
         got=reason,

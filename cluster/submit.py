@@ -219,6 +219,7 @@ def require_shared_paths(config: JobConfig) -> None:
         if uri is not None and Storage(uri).is_local and not uri.startswith(("/", "file:/")):
             raise ConfigError(
                 "a submitted job cannot use a path relative to this machine",
+                slug="local-path-in-submitted-job",
                 where=where,
                 allowed="s3://..., or an absolute path that every node mounts",
                 got=uri,
@@ -258,6 +259,7 @@ def _client(address: str | None) -> Iterator[JobSubmissionClient]:
         refused = "authentic" in reason.lower() or "status code 401" in reason or "status code 403" in reason
         raise ClusterError(
             "the cluster refused the token" if refused else "the cluster's Jobs API did not do what was asked",
+            slug="token-refused" if refused else "jobs-api-failed",
             where=address or "this machine's cluster",
             allowed="the dashboard's URL, for example http://head:8265",
             got=reason,
@@ -276,6 +278,7 @@ def _get(client: JobSubmissionClient, wanted: str) -> JobDetails:
     if details is None:
         raise ClusterError(
             "the cluster knows no such job",
+            slug="no-such-job",
             where="submission id",
             got=wanted,
             hint="submit it first; the id changes with every setting of the job file",

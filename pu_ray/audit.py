@@ -117,7 +117,9 @@ def read_answers(content: bytes, drawn: Sequence[bytes], where: str) -> dict[byt
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=where, got=str(error), hint="save it as CSV in UTF-8") from error
+        raise DataError(
+            "not UTF-8 text", slug="not-utf8", where=where, got=str(error), hint="save it as CSV in UTF-8"
+        ) from error
     first_line = text.partition("\n")[0]
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first_line.count))
     known = set(drawn)
@@ -128,6 +130,7 @@ def read_answers(content: bytes, drawn: Sequence[bytes], where: str) -> dict[byt
         if missing := {_ID, _CORRECT} - set(columns):
             raise DataError(
                 f"the answers lack the columns {', '.join(sorted(missing))}",
+                slug="audit-columns-missing",
                 where=f"{where}, line 1",
                 allowed=", ".join(COLUMNS),
                 got=", ".join(columns) or "nothing",
@@ -142,6 +145,7 @@ def read_answers(content: bytes, drawn: Sequence[bytes], where: str) -> dict[byt
             if sample_id in seen:
                 raise DataError(
                     "the same image twice",
+                    slug="image-judged-twice",
                     where=line,
                     allowed="one line for each",
                     got=f"line {seen[sample_id]} too",
@@ -152,6 +156,7 @@ def read_answers(content: bytes, drawn: Sequence[bytes], where: str) -> dict[byt
                 if answer not in _MEANINGS:
                     raise DataError(
                         f"this is no answer in column {_CORRECT}",
+                        slug="not-an-answer",
                         where=line,
                         allowed=f"{', '.join(_MEANINGS)}, or nothing for not judged",
                         got=repr(cells[_CORRECT]),
@@ -159,7 +164,8 @@ def read_answers(content: bytes, drawn: Sequence[bytes], where: str) -> dict[byt
                 answers[sample_id] = _MEANINGS[answer]
     except csv.Error as error:
         raise DataError(
-            "not a CSV file",
+            "not a readable CSV file",
+            slug="not-csv",
             where=f"{where}, line {rows.line_num}",
             got=str(error),
             hint=f"save it as CSV again, with the columns of {FORM_FILE}",
@@ -175,6 +181,7 @@ def _known_id(text: str, known: set[bytes], line: str) -> bytes:
     if sample_id not in known:
         raise DataError(
             "this image is not in the sample that was drawn",
+            slug="image-not-in-sample",
             where=line,
             allowed=f"a {_ID} of {FORM_FILE}",
             got=repr(text),
@@ -227,6 +234,7 @@ def _refuse_to_overwrite(target: Storage) -> None:
         return
     raise DataError(
         "an audit is there already, with answers that somebody filled in",
+        slug="audit-has-answers",
         where=str(target),
         allowed="an empty form, or none",
         hint=f"count the answers with `pu-ray audit JOB.yaml --answers {target.uri}/{FORM_FILE}`;"
@@ -255,6 +263,7 @@ def _mined_rows(mined: Storage, ids: Sequence[bytes]) -> list[dict[str, Any]]:
     if missing := len(wanted - set(found)):
         raise DataError(
             "chosen images are missing from the mined ones",
+            slug="mined-images-missing",
             where=str(mined),
             got=f"{missing} of {len(wanted)} missing",
             hint="run `pu-ray select JOB.yaml`",
@@ -321,13 +330,19 @@ def publish(config: JobConfig, storage: Storage, answers_uri: str, confidence: f
     target = storage.child(FOLDER)
     record = target.read_if_there(_DRAWN_FILE)
     if record is None:
-        raise DataError("no sample was drawn yet", where=str(target), hint="run `pu-ray audit JOB.yaml` first")
+        raise DataError(
+            "no sample was drawn yet",
+            slug="audit-not-drawn",
+            where=str(target),
+            hint="run `pu-ray audit JOB.yaml` first",
+        )
     drawn_of: str = target.read_json(_DRAWN_FILE)["selection"]
     drawn = [bytes.fromhex(text) for text in target.read_json(_DRAWN_FILE)["samples"]]
     selected = manifest.require(storage.child("selection"), "select")
     if drawn_of != selected.identity:
         raise DataError(
             "the selection has changed since the sample was drawn",
+            slug="audit-outdated",
             where=str(target),
             allowed=f"a sample of selection {selected.identity[:16]}",
             got=f"one of {drawn_of[:16]}",
@@ -338,6 +353,7 @@ def publish(config: JobConfig, storage: Storage, answers_uri: str, confidence: f
     if not answers:
         raise DataError(
             "no image is judged",
+            slug="no-image-judged",
             where=answers_uri,
             allowed=f"yes or no in column {_CORRECT}",
             got=f"{len(drawn)} images without an answer",

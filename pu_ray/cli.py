@@ -330,7 +330,11 @@ def _lake(uri: str, kind: str) -> Any:
         allowed = str(first.get("ctx", {}).get("expected", first["msg"]))
         where = {"format": "--format"}.get(str(first["loc"][0]), "URI")
         raise ConfigError(
-            "the lake cannot be named so", where=where, allowed=allowed, got=str(first["input"])
+            "the lake cannot be named so",
+            slug="invalid-lake-argument",
+            where=where,
+            allowed=allowed,
+            got=str(first["input"]),
         ) from error
 
 
@@ -574,14 +578,35 @@ def _run(arguments: list[str]) -> int:
     except PuRayError as error:
         if State.verbose:
             traceback.print_exc()
-        if "--json" in arguments:
-            print_json({"error": {"code": error.code, "problem": error.problem, **error.as_dict()}})
+        _document(arguments, error.code, error.problem, **error.as_dict())
         print(f"error ({error.code}): {error}", file=sys.stderr)
         return error.exit_status
     except (typer.Abort, KeyboardInterrupt):
         pass
     except _UsageError as error:
+        _document(arguments, "usage", error.format_message())
         error.show()
         return int(error.exit_code)
-    print(f"interrupted; {State.resume_hint or 'nothing was changed'}", file=sys.stderr)
+    except Exception as error:
+        _document(arguments, "internal", f"{type(error).__name__}: {error}", hint="please report it")
+        raise
+    kept = State.resume_hint or "nothing was changed"
+    _document(arguments, "interrupted", "interrupted", hint=kept)
+    print(f"interrupted; {kept}", file=sys.stderr)
     return INTERRUPTED_EXIT_STATUS
+
+
+def _document(
+    arguments: list[str],
+    code: str,
+    problem: str,
+    *,
+    where: str | None = None,
+    allowed: str | None = None,
+    got: str | None = None,
+    hint: str | None = None,
+) -> None:
+    """For machines, where they asked; its keys are always the same."""
+    if "--json" in arguments:
+        told = {"code": code, "kind": code.partition("/")[0], "problem": problem}
+        print_json({"error": told | {"where": where, "allowed": allowed, "got": got, "hint": hint}})

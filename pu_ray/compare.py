@@ -65,6 +65,7 @@ def read(uri: str) -> Run:
     if run.kind(_SUMMARY_FILE) != "file":
         raise DataError(
             f"this run has no {_SUMMARY_FILE}",
+            slug="no-summary",
             where=run.uri,
             allowed="the output of a job that has got as far as a report",
             got="a folder without it" if run.exists() else "nothing is there",
@@ -74,6 +75,7 @@ def read(uri: str) -> Run:
     if not isinstance(summary, dict) or not {"name", "recipe", "stages_done", "verdict", "seconds"} <= set(summary):
         raise DataError(
             f"this is no {_SUMMARY_FILE} of PU-Ray",
+            slug="not-a-summary",
             where=f"{run}/{_SUMMARY_FILE}",
             got="other contents",
             hint="`pu-ray report JOB.yaml` writes it anew",
@@ -116,7 +118,13 @@ def runs(uris: Sequence[str]) -> list[Run]:
         DataError: One of them cannot be read.
     """
     if len(uris) < 2:
-        raise ConfigError("there is nothing to compare with", where="RUN...", allowed="two runs or more", got="one")
+        raise ConfigError(
+            "there is nothing to compare with",
+            slug="nothing-to-compare",
+            where="RUN...",
+            allowed="two runs or more",
+            got="one",
+        )
     return [read(uri) for uri in uris]
 
 

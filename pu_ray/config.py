@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pu_ray.errors import ConfigError
+from pu_ray.errors import ConfigError, RefusedSetting, wrong_setting
 
 ENVIRONMENT_PREFIX = "PU_RAY__"
 
@@ -50,13 +50,16 @@ class PreprocessingConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(
-                f"mean and std need one number per channel ({self.channels}), got {len(self.mean)} and {len(self.std)}"
+            raise RefusedSetting(
+                f"mean and std need one number per channel ({self.channels}), got {len(self.mean)} and {len(self.std)}",
+                slug="mean-and-std-unlike-channels",
             )
         if min(self.std) <= 0:
-            raise ValueError(f"every std must be above 0, got {min(self.std)}")
+            raise RefusedSetting(f"every std must be above 0, got {min(self.std)}", slug="std-not-positive")
         if self.resize_px is not None and self.resize_px < self.size_px:
-            raise ValueError(f"resize_px ({self.resize_px}) must be at least size_px ({self.size_px})")
+            raise RefusedSetting(
+                f"resize_px ({self.resize_px}) must be at least size_px ({self.size_px})", slug="resize-below-size"
+            )
         return self
 
     @property
@@ -164,7 +167,10 @@ class FeaturesConfig(_Section):
     @model_validator(mode="after")
     def _cache_uri_needs_cache(self) -> Self:
         if self.cache_uri is not None and not self.cache:
-            raise ValueError("cache_uri shares what cache keeps: set cache to true, or leave cache_uri out")
+            raise RefusedSetting(
+                "cache_uri shares what cache keeps: set cache to true, or leave cache_uri out",
+                slug="cache-uri-without-cache",
+            )
         return self
 
 
@@ -183,7 +189,9 @@ class SplitConfig(_Section):
     def _sums_to_one(self) -> Self:
         total = self.train + self.validate_ + self.calibrate
         if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"train + validate + calibrate must be 1, got {total:g}")
+            raise RefusedSetting(
+                f"train + validate + calibrate must be 1, got {total:g}", slug="split-does-not-sum-to-one"
+            )
         return self
 
 
@@ -205,12 +213,13 @@ class OptimizerConfig(_Section):
     @model_validator(mode="after")
     def _milestones_match(self) -> Self:
         if (self.schedule == "milestones") != bool(self.milestones):
-            raise ValueError(
+            raise RefusedSetting(
                 "milestones are given exactly when schedule is 'milestones', "
-                f"got schedule {self.schedule!r} and milestones {list(self.milestones)}"
+                f"got schedule {self.schedule!r} and milestones {list(self.milestones)}",
+                slug="milestones-unlike-schedule",
             )
         if list(self.milestones) != sorted(self.milestones):
-            raise ValueError(f"milestones must rise, got {list(self.milestones)}")
+            raise RefusedSetting(f"milestones must rise, got {list(self.milestones)}", slug="milestones-do-not-rise")
         return self
 
 
@@ -310,15 +319,22 @@ class SelectionConfig(_Section):
     @model_validator(mode="after")
     def _budget_where_needed(self) -> Self:
         if self.rule in ("budget", "random", "confidence", "energy", "neighbours") and self.budget is None:
-            raise ValueError(f"rule {self.rule!r} needs selection.budget, the number of images to choose")
+            raise RefusedSetting(
+                f"rule {self.rule!r} needs selection.budget, the number of images to choose", slug="rule-without-budget"
+            )
         return self
 
     @model_validator(mode="after")
     def _settings_match_the_rule(self) -> Self:
         if self.prefer != "purest" and self.rule not in THRESHOLD_RULES:
-            raise ValueError(f"prefer chooses among those that pass a threshold, and rule {self.rule!r} has none")
+            raise RefusedSetting(
+                f"prefer chooses among those that pass a threshold, and rule {self.rule!r} has none",
+                slug="prefer-without-threshold",
+            )
         if self.per == "class" and self.rule != "recall":
-            raise ValueError(f"per 'class' belongs to rule 'recall', got {self.rule!r}")
+            raise RefusedSetting(
+                f"per 'class' belongs to rule 'recall', got {self.rule!r}", slug="per-class-without-recall"
+            )
         return self
 
 
@@ -370,7 +386,9 @@ class AugmentConfig(_Section):
     @model_validator(mode="after")
     def _scale_in_order(self) -> Self:
         if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
-            raise ValueError(f"crop_scale must be [smallest, largest], got {list(self.crop_scale)}")
+            raise RefusedSetting(
+                f"crop_scale must be [smallest, largest], got {list(self.crop_scale)}", slug="crop-scale-out-of-order"
+            )
         return self
 
 
@@ -415,7 +433,9 @@ class DistillConfig(_Section):
     @model_validator(mode="after")
     def _workers_in_order(self) -> Self:
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
-            raise ValueError(f"workers must be [fewest, most], got {list(self.workers)}")
+            raise RefusedSetting(
+                f"workers must be [fewest, most], got {list(self.workers)}", slug="workers-out-of-order"
+            )
         return self
 
     @property
@@ -461,13 +481,16 @@ class EvaluationConfig(_Section):
     @model_validator(mode="after")
     def _slices_have_a_source(self) -> Self:
         if (self.metadata is None) != (not self.slices):
-            raise ValueError(
-                f"metadata and slices belong together, got metadata {self.metadata!r} and slices {list(self.slices)}"
+            raise RefusedSetting(
+                f"metadata and slices belong together, got metadata {self.metadata!r} and slices {list(self.slices)}",
+                slug="metadata-without-slices",
             )
         if len(set(self.slices)) < len(self.slices):
-            raise ValueError(f"every column is sliced by once, got {list(self.slices)}")
+            raise RefusedSetting(f"every column is sliced by once, got {list(self.slices)}", slug="slice-twice")
         if self.metadata is not None and not self.metadata.lower().endswith((".parquet", ".csv")):
-            raise ValueError(f"metadata must be a .parquet or a .csv, got {self.metadata!r}")
+            raise RefusedSetting(
+                f"metadata must be a .parquet or a .csv, got {self.metadata!r}", slug="metadata-of-unknown-format"
+            )
         return self
 
 
@@ -492,9 +515,12 @@ class ExportConfig(_Section):
     @model_validator(mode="after")
     def _weights_are_there(self) -> Self:
         if "safetensors" not in self.formats:
-            raise ValueError(f"formats must hold 'safetensors', the weights themselves, got {list(self.formats)}")
+            raise RefusedSetting(
+                f"formats must hold 'safetensors', the weights themselves, got {list(self.formats)}",
+                slug="export-without-safetensors",
+            )
         if len(set(self.formats)) < len(self.formats):
-            raise ValueError(f"every format is written once, got {list(self.formats)}")
+            raise RefusedSetting(f"every format is written once, got {list(self.formats)}", slug="format-twice")
         return self
 
 
@@ -510,9 +536,12 @@ class EmbedResources(_Section):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.min_actors > self.max_actors:
-            raise ValueError(f"min_actors ({self.min_actors}) must not exceed max_actors ({self.max_actors})")
+            raise RefusedSetting(
+                f"min_actors ({self.min_actors}) must not exceed max_actors ({self.max_actors})",
+                slug="actors-out-of-order",
+            )
         if self.gpus == 0 and self.cpus == 0:
-            raise ValueError("an actor needs gpus or cpus above 0, got 0 and 0")
+            raise RefusedSetting("an actor needs gpus or cpus above 0, got 0 and 0", slug="actor-without-resources")
         return self
 
 
@@ -582,9 +611,10 @@ class ResourcesConfig(_Section):
     @model_validator(mode="after")
     def _limits_leave_room(self) -> Self:
         if self.most_actors < self.embed.min_actors:
-            raise ValueError(
+            raise RefusedSetting(
                 f"limits leave room for {max(0, self.most_actors)} embedding actors beside one task that reads and one "
-                f"that writes, embed.min_actors asks for {self.embed.min_actors}"
+                f"that writes, embed.min_actors asks for {self.embed.min_actors}",
+                slug="limits-too-low",
             )
         return self
 
@@ -617,22 +647,28 @@ class JobConfig(_Section):
     @model_validator(mode="after")
     def _cascade_fits_the_scorer(self) -> Self:
         if self.features.cascade and self.scorer.features == "finetuned":
-            raise ValueError(
+            raise RefusedSetting(
                 "features.cascade spares the frozen teacher, and scorer.features 'finetuned' looks at every image with "
-                "a network of its own: set one of them otherwise"
+                "a network of its own: set one of them otherwise",
+                slug="cascade-with-finetuned",
             )
         return self
 
     @model_validator(mode="after")
     def _neighbours_need_a_head(self) -> Self:
         if self.scorer.neighbours is True and self.scorer.features == "finetuned":
-            raise ValueError("scorer.neighbours adds to a head on frozen features, and scorer.features is 'finetuned'")
+            raise RefusedSetting(
+                "scorer.neighbours adds to a head on frozen features, and scorer.features is 'finetuned'",
+                slug="neighbours-with-finetuned",
+            )
         return self
 
     @model_validator(mode="after")
     def _the_oracle_knows_the_truth(self) -> Self:
         if "oracle" in (self.selection.rule, *self.evaluation.controls) and self.lake.truth is None:
-            raise ValueError("the oracle needs lake.truth, the true class of every lake image")
+            raise RefusedSetting(
+                "the oracle needs lake.truth, the true class of every lake image", slug="oracle-without-truth"
+            )
         return self
 
     @model_validator(mode="after")
@@ -644,16 +680,20 @@ class JobConfig(_Section):
         for setting, workers in pools.items():
             for name, each, limit in (("gpus", train.gpus, limits.gpus), ("cpus", train.cpus, limits.cpus)):
                 if limit is not None and workers * each > limit:
-                    raise ValueError(
+                    raise RefusedSetting(
                         f"{setting} ({workers}) x resources.train.{name} ({each:g}) must not exceed "
-                        f"resources.limits.{name} ({limit:g})"
+                        f"resources.limits.{name} ({limit:g})",
+                        slug="training-above-limits",
                     )
         return self
 
     @model_validator(mode="after")
     def _spread_needs_features(self) -> Self:
         if self.selection.prefer == "spread" and not self.features.cache:
-            raise ValueError("selection.prefer 'spread' looks at features, which features.cache false does not keep")
+            raise RefusedSetting(
+                "selection.prefer 'spread' looks at features, which features.cache false does not keep",
+                slug="spread-without-cache",
+            )
         return self
 
     @property
@@ -751,17 +791,26 @@ def load(
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            "the job file cannot be read", where=str(path), got=error.strerror, hint="give the path of a YAML file"
+            "the job file cannot be read",
+            slug="job-file-unreadable",
+            where=str(path),
+            got=error.strerror,
+            hint="give the path of a YAML file",
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            "the job file is not UTF-8 text", where=str(path), got=str(error), hint="save it in UTF-8"
+            "the job file is not UTF-8 text",
+            slug="job-file-not-utf8",
+            where=str(path),
+            got=str(error),
+            hint="save it in UTF-8",
         ) from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             "the job file is not valid YAML",
+            slug="job-file-not-yaml",
             where=str(path),
             got=str(error),
             hint="mend the line that is named: often it is a tab, or a text with `: ` that wants quotes",
@@ -769,6 +818,7 @@ def load(
     if not isinstance(content, dict):
         raise ConfigError(
             "the job file holds no settings",
+            slug="job-file-without-settings",
             where=str(path),
             allowed="a YAML mapping",
             got=type(content).__name__,
@@ -784,6 +834,7 @@ def load(
         if not equals or not dotted.strip():
             raise ConfigError(
                 "an override has no '='",
+                slug="override-without-equals",
                 where="--set",
                 allowed="section.key=value",
                 got=override,
@@ -831,6 +882,7 @@ def _parse_value(where: str, text: str) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(
             "the value is not valid YAML",
+            slug="value-not-yaml",
             where=where,
             got=text,
             hint="quote it twice, for the shell and for YAML: '\"...\"'",
@@ -879,8 +931,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> ConfigError:
     paragraphs = [_paragraph(where, items, origins.get(where)) for where, items in by_field.items()]
     if len(paragraphs) == 1:
         return paragraphs[0]
-    text = "\n".join(str(paragraph) for paragraph in paragraphs)
-    return ConfigError(f"{len(paragraphs)} settings are wrong\n{text}")
+    text = "\n".join(f"({paragraph.code}) {paragraph}" for paragraph in paragraphs)
+    return ConfigError(f"{len(paragraphs)} settings are wrong\n{text}", slug="several-wrong-settings")
 
 
 def _paragraph(where: str, items: Sequence[Any], origin: str | None) -> ConfigError:
@@ -892,16 +944,24 @@ def _paragraph(where: str, items: Sequence[Any], origin: str | None) -> ConfigEr
         known = _field_names(parents.split(".") if parents else [])
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "remove it, or correct its name"
-        return ConfigError("unknown key", where=place, allowed=", ".join(known), got=name, hint=hint)
+        return ConfigError(
+            "unknown key", slug="unknown-key", where=place, allowed=", ".join(known), got=name, hint=hint
+        )
     if item["type"] == "missing":
-        return ConfigError("a required key is missing", where=place, hint=f"add {where} to the job file")
+        return ConfigError(
+            "a required key is missing", slug="missing-key", where=place, hint=f"add {where} to the job file"
+        )
     got = repr(item["input"]) if len(repr(item["input"])) <= 120 else type(item["input"]).__name__
     allowed = [_allowed(each) for each in items]
     if len(items) > 1:
         return ConfigError(
-            "none of the allowed forms", where=place, allowed=", or ".join(filter(None, allowed)), got=got
+            "none of the allowed forms",
+            slug="invalid-value",
+            where=place,
+            allowed=", or ".join(filter(None, allowed)),
+            got=got,
         )
-    return ConfigError(item["msg"].removeprefix("Value error, "), where=place, allowed=allowed[0], got=got)
+    return wrong_setting(item, where=place, allowed=allowed[0], got=got)
 
 
 def _allowed(item: Any) -> str | None:

@@ -132,6 +132,7 @@ def build(uri: str, size: DemoSize, seed: int, progress: Progress) -> dict[str, 
     if target.exists() and not ours:
         raise ConfigError(
             "the folder holds something else",
+            slug="demo-folder-in-use",
             where=uri,
             allowed="a new folder, or one that `pu-ray demo` made",
             hint="name another folder, or move this one away",
@@ -165,6 +166,7 @@ def _share_out(labels: Any, size: DemoSize, generator: np.random.Generator) -> d
     if left < size.hidden_per_class or size.labeled_per_class > size.teacher_per_class:
         raise ConfigError(
             "the demo asks for more digits than there are",
+            slug="demo-too-few-digits",
             where="demo",
             allowed=f"test + teacher + hidden <= {fewest} per class, labeled <= teacher",
             got=f"{size.test_per_class} + {size.teacher_per_class} + {size.hidden_per_class}, {size.labeled_per_class}",
@@ -194,6 +196,7 @@ def _write_lake(
     if fill < size.copies:
         raise ConfigError(
             "the demo's lake is too small for what it must hold",
+            slug="demo-lake-too-small",
             where="demo",
             allowed=f"at least {size.lake_rows - fill + size.copies} rows",
             got=str(size.lake_rows),

@@ -225,6 +225,7 @@ def check_scaled_decode(config: JobConfig, network: Engine, sample: pa.Table) ->
     if found["agreement"] < config.lake.min_scaled_agreement:
         raise DataError(
             "decoding at a smaller scale changes too many of the teacher's answers",
+            slug="scaled-decode-changes-answers",
             where="lake.scaled_decode",
             allowed=f"the same answer for a share of {config.lake.min_scaled_agreement:g} (lake.min_scaled_agreement)",
             got=f"{found['agreement']:.3f} of {difference.images} images",

@@ -179,6 +179,7 @@ def _against_truth(uri: str, storage: Storage) -> dict[str, Any]:
     if missing := {schema.SAMPLE_ID, schema.CLASS} - set(table.column_names):
         raise DataError(
             "the truth table lacks columns",
+            slug="truth-columns-missing",
             where=uri,
             allowed=str(schema.truth()),
             got=f"no {', '.join(missing)}",

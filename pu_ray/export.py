@@ -107,6 +107,7 @@ def _int8(material: Material) -> tuple[bytes, Forward]:
     if not len(material.calibration_NCHW):
         raise DataError(
             "there are too few mined images to quantise by",
+            slug="too-few-images-to-quantise",
             where=f"export.formats ({INT8})",
             allowed="two or more, to calibrate on one and judge on the other",
             got="fewer",
@@ -171,6 +172,7 @@ def parity(name: str, forward: Forward, reference_NK: Any, batch_NCHW: Any, sett
     if not (difference <= settings.max_logit_difference and agreement >= settings.min_agreement):
         raise DataError(
             f"the exported {name} is not the model that was trained",
+            slug="export-differs",
             where=f"export.formats ({name})",
             allowed=f"logits within {settings.max_logit_difference:g}, agreement >= {settings.min_agreement:g}",
             got=f"logits differ by {difference:.2g}, agreement {agreement:.4f}",
@@ -244,6 +246,7 @@ def int8_parity(
     if not (drop <= settings.max_int8_accuracy_drop and best >= settings.min_int8_agreement):
         raise DataError(
             "the student loses too much in eight bits",
+            slug="int8-loses-too-much",
             where=f"export.formats ({INT8})",
             allowed=f"at most {settings.max_int8_accuracy_drop:g} percentage points of accuracy "
             "(export.max_int8_accuracy_drop), "

@@ -60,6 +60,7 @@ def require(evaluation: Manifest, where: str) -> None:
         told = [(*_WORDS[each["setting"]], each) for each in judged["violated"]]
         raise GateError(
             "the student " + ", and ".join(problem for problem, *_ in told),
+            slug="bounds-violated",
             where=where,
             allowed="; ".join(
                 f"{allowed.format(each['bound'])} (evaluation.gate.{each['setting']})" for _, allowed, _, each in told

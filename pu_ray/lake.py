@@ -134,6 +134,7 @@ def list_shards(lake: LakeConfig, on_progress: Callable[[int], None] | None = No
     if not shards:
         raise DataError(
             "the lake holds no images",
+            slug="lake-without-images",
             where=lake.uri,
             allowed="files ending in " + ", ".join(suffix for kind in formats for suffix in _SUFFIXES[kind]),
             got=f"{len(files)} files" + (f", for example {files[0].path}" if files else ""),
@@ -168,6 +169,7 @@ def _refuse_compressed(uri: str, files: Sequence[FileInfo]) -> None:
     if compressed:
         raise DataError(
             "a compressed tar cannot be read in parts",
+            slug="compressed-tar",
             where=uri,
             allowed=".tar, or lake.format set to another kind to leave such files out",
             got=f"{compressed[0]}" + (f" and {len(compressed) - 1} more" if len(compressed) > 1 else ""),
@@ -441,6 +443,7 @@ def _image_columns(arrow: pa.Schema, where: str) -> _Columns:
         return _Columns("uri", uri)
     raise DataError(
         "the Parquet file has no image column",
+        slug="no-image-column",
         where=where,
         allowed="a binary column `bytes`, a struct column `image` with a field `bytes`, or a text column `uri`, `url`",
         got=", ".join(f"{field.name} ({field.type})" for field in arrow),
@@ -811,6 +814,7 @@ class LabeledImages:
             except images.ImageError as error:
                 raise DataError(
                     "a labeled image cannot be used",
+                    slug="labeled-image-unusable",
                     where=f"{where}/{self.names[row]}",
                     got=str(error),
                     hint="replace or remove it",
@@ -839,6 +843,7 @@ def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
             close = difflib.get_close_matches(name, classes, n=1)
             raise DataError(
                 "an image is not in a class folder",
+                slug="not-in-class-folder",
                 where=f"{uri}/{path}",
                 allowed=", ".join(classes[:20]) + ("..." if len(classes) > 20 else ""),
                 got=name if slash else "no folder",
@@ -848,6 +853,7 @@ def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
     if not files:
         raise DataError(
             "there are no labeled images",
+            slug="no-labeled-images",
             where=uri,
             allowed="one folder per class with image files",
             hint="check the URI; the folders have the names in teacher.classes",

@@ -220,6 +220,7 @@ def _refuse_nesting(source: str, target: Storage) -> None:
     if inside == outside or inside.startswith(outside.rstrip("/") + "/"):
         raise DataError(
             "the destination lies inside the source, which would then hold its own copy",
+            slug="destination-inside-source",
             where=str(target),
             allowed=f"a folder outside {source}",
             hint="build beside the source, or elsewhere",
@@ -244,12 +245,18 @@ def _claim(source: str, target: Storage, work: Storage) -> dict[str, PieceRecord
         before = work.read_json(_SOURCE_FILE)["source"]
         if before != here:
             raise DataError(
-                "the destination is built from another source", where=str(target), allowed=here, got=before, hint=hint
+                "the destination is built from another source",
+                slug="destination-of-another-source",
+                where=str(target),
+                allowed=here,
+                got=before,
+                hint=hint,
             )
     foreign = [file.path for file in target.list_files() if not (ours and file.path.startswith(_PART))]
     if foreign:
         raise DataError(
             "the destination holds other things",
+            slug="destination-in-use",
             where=str(target),
             allowed="an empty folder, or one that an earlier build of the same source made",
             got=foreign[0] + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
@@ -408,6 +415,7 @@ def _copy(
     if rows != piece.rows:
         raise DataError(
             "rows were lost or doubled on the way",
+            slug="rows-lost",
             where=str(target),
             allowed=f"{piece.rows} rows",
             got=f"{rows} rows",
@@ -480,6 +488,7 @@ def _publishing(target: Storage, name: str) -> Iterator[Path]:
         except OSError as error:
             raise DataError(
                 "writing failed",
+                slug="write-failed",
                 where=str(path),
                 got=str(error),
                 hint="make room or mend it, then give the same command again: finished shards are kept",

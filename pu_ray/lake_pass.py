@@ -232,6 +232,7 @@ def run(
     if unbalanced:
         raise ClusterError(
             "rows were lost or doubled on the way",
+            slug="rows-lost",
             where=unbalanced[0].shard,
             allowed=f"{expected[unbalanced[0].shard]} rows",
             got=f"{unbalanced[0].rows} rows ({len(unbalanced)} shards differ)",

@@ -169,6 +169,7 @@ def _refusal(storage: Storage, content: bytes) -> ClusterError:
     end = f"end it (kill {owner.pid} on {owner.host})" if owner else "end it"
     return ClusterError(
         "another run is at work on this output",
+        slug="output-in-use",
         where=str(storage),
         got=str(owner) if owner else None,
         hint=f"wait until it is done, or {end} and give the same command again; or choose another `output`",
@@ -179,6 +180,7 @@ def _loss(storage: Storage, content: bytes | None) -> ClusterError:
     owner = Owner.parse(content) if content else None
     return ClusterError(
         "this run has lost its output to another one" if content else "somebody removed this run's lock",
+        slug="output-lost" if content else "lock-removed",
         where=f"{storage}/{FILE_NAME}",
         got=str(owner) if owner else None,
         hint="a run that was frozen or cut off for half a minute is taken for dead; when the other one has ended, "

@@ -147,6 +147,7 @@ def check_error_share(errors: Mapping[str, int], rows: int, allowed: float, lake
         reasons = ", ".join(f"{code} {count}" for code, count in sorted(errors.items()))
         raise DataError(
             "too many images of the lake cannot be used",
+            slug="too-many-unusable-images",
             where=lake_uri,
             allowed=f"a share of {allowed:g} (lake.max_error_share)",
             got=f"{bad} of {rows} images ({bad / rows:.3f}): {reasons}",

@@ -92,6 +92,7 @@ def sample_of(text: str) -> bytes:
     if not name or folder.kind(name) != "file":
         raise ConfigError(
             "neither a sample id nor a file",
+            slug="not-an-image-or-id",
             where="SAMPLE_ID|FILE",
             allowed=f"{2 * schema.SAMPLE_ID_BYTES} hexadecimal digits, or the path or URI of an image",
             got=text,
@@ -116,7 +117,9 @@ def read_ids(content: bytes, where: str) -> list[bytes]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=where, got=str(error), hint="save it in UTF-8") from error
+        raise DataError(
+            "not UTF-8 text", slug="not-utf8", where=where, got=str(error), hint="save it in UTF-8"
+        ) from error
     lines = ["" if line.lstrip().startswith("#") else line for line in text.splitlines()]
     first = next((line for line in lines if line.strip()), "")
     rows = csv.reader(lines, delimiter=max(",;\t", key=first.count))
@@ -136,6 +139,7 @@ def read_ids(content: bytes, where: str) -> list[bytes]:
         if sample is None:
             raise DataError(
                 "this is no sample id",
+                slug="not-a-sample-id",
                 where=f"{where}, line {rows.line_num}",
                 allowed=f"{2 * schema.SAMPLE_ID_BYTES} hexadecimal digits first, or a column {schema.SAMPLE_ID}",
                 got=repr(cells[column] if column < len(cells) else ""),
@@ -145,6 +149,7 @@ def read_ids(content: bytes, where: str) -> list[bytes]:
     if not found:
         raise DataError(
             "the list names no image",
+            slug="no-image-listed",
             where=where,
             allowed="one sample id a line",
             got="none",
@@ -177,6 +182,7 @@ def forgotten(run: Storage) -> dict[bytes, str]:
         if sample is None or state not in ("selected", "lake", "unknown"):
             raise DataError(
                 "the list of forgotten images is damaged",
+                slug="forgotten-list-damaged",
                 where=f"{run}/{LIST_FILE}, line {number}",
                 allowed="a sample id in hexadecimal, and selected, lake or unknown",
                 got=line.strip(),
@@ -274,6 +280,7 @@ def _rows_in(artifact: Storage, file: str, wanted: pa.Array, columns: list[str])
     except pa.ArrowInvalid as error:
         raise DataError(
             "not a readable Parquet file",
+            slug="not-parquet",
             where=f"{artifact}/{file}",
             got=str(error),
             hint="delete that folder of the run and run the job again, then give this command again",
@@ -304,6 +311,7 @@ def runs_below(uri: str) -> list[str]:
     if not found:
         raise DataError(
             "there is no run here",
+            slug="no-run",
             where=storage.uri,
             allowed="the output of a job, or a folder with such outputs below it",
             got="no manifest of any stage" if storage.exists() else "nothing",
@@ -744,6 +752,7 @@ def forget(
     if (found := runs_below(uri)) != [run.uri]:
         raise DataError(
             "this is no run's own folder",
+            slug="not-one-run",
             where=uri,
             allowed="the output of one job",
             got=f"a folder with runs below it, such as {found[0]}",

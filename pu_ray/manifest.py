@@ -84,6 +84,7 @@ def read(storage: Storage) -> Manifest | None:
     except ValidationError as error:
         raise DataError(
             "the manifest is damaged or of another version",
+            slug="manifest-damaged",
             where=f"{storage}/{FILE_NAME}",
             got=str(error.errors(include_url=False)[0]["msg"]),
             hint="delete the artifact's folder and run again",
@@ -100,7 +101,10 @@ def require(storage: Storage, made_by: str) -> Manifest:
     manifest = read(storage)
     if manifest is None:
         raise DataError(
-            "this artifact does not exist yet", where=str(storage), hint=f"run `pu-ray {made_by} JOB.yaml` first"
+            "this artifact does not exist yet",
+            slug="artifact-missing",
+            where=str(storage),
+            hint=f"run `pu-ray {made_by} JOB.yaml` first",
         )
     return manifest
 

@@ -41,6 +41,7 @@ def read_chosen(lake_uri: str, chunk: Chunk, chosen: pa.Table) -> pa.Table:
     if encoded[schema.SAMPLE_ID].to_pylist() != chosen[schema.SAMPLE_ID].to_pylist():
         raise DataError(
             "the lake has changed since it was scored",
+            slug="lake-changed-since-scores",
             where=f"{lake_uri}/{chunk.shard.path}",
             hint="run the whole job again; unchanged shards are kept",
         )
@@ -80,6 +81,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     if gone := sorted(wanted - set(shards)):
         raise DataError(
             "shards of the lake have gone since it was scored",
+            slug="shards-gone",
             where=config.lake.uri,
             got=", ".join(gone[:5]),
             hint="run the whole job again; unchanged shards are kept",

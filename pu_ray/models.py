@@ -48,6 +48,7 @@ def _blocks(depth: int) -> tuple[int, ...]:
         above = next(near for near in itertools.count(depth + 1) if _is_depth(near))
         raise ConfigError(
             "there is no residual network of this depth",
+            slug="no-such-depth",
             where="architecture",
             allowed="6n+2 (8, 14, 20, 26, 32, ...) with three stages; 18 and 34 with four",
             got=str(depth),
@@ -91,7 +92,13 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, width: int, classes: int, in_channels: int = 3) -> None:
         super().__init__()
         if width < 1:
-            raise ConfigError("a network needs channels", where="architecture", allowed="w1 and wider", got=f"w{width}")
+            raise ConfigError(
+                "a network needs channels",
+                slug="network-without-channels",
+                where="architecture",
+                allowed="w1 and wider",
+                got=f"w{width}",
+            )
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
@@ -156,6 +163,7 @@ def _built(name: str, options: Mapping[str, Any], make: Callable[[], Any]) -> nn
     except Exception as error:  # every library has its own ways to refuse an option
         raise ConfigError(
             f"{name} cannot be built with these options",
+            slug="network-not-buildable",
             where="options",
             got=str(dict(options)),
             hint=_in_short(error),
@@ -167,7 +175,9 @@ def _in_short(error: BaseException) -> str:
 
 
 def _unknown(name: str, *, hint: str | None = None) -> ConfigError:
-    return ConfigError("unknown network", where="architecture", allowed=_FORMS, got=name, hint=hint)
+    return ConfigError(
+        "unknown network", slug="unknown-network", where="architecture", allowed=_FORMS, got=name, hint=hint
+    )
 
 
 def _like(plain: str, known: Sequence[str], prefix: str) -> str | None:
@@ -204,6 +214,7 @@ def _torchvision(name: str, classes: int, in_channels: int, options: Mapping[str
             inside = max((each for each in known if each in plain), key=len, default=None)
             raise ConfigError(
                 f"this is one of torchvision's networks for {task}",
+                slug="not-a-classifier",
                 where="architecture",
                 allowed="networks that classify images: one vector of logits for each",
                 got=name,
@@ -216,6 +227,7 @@ def _torchvision(name: str, classes: int, in_channels: int, options: Mapping[str
     if in_channels != 3:
         raise ConfigError(
             "torchvision's networks take colour images",
+            slug="network-needs-colour",
             where="preprocessing.channels",
             allowed="3",
             got=str(in_channels),
@@ -239,6 +251,7 @@ def _own(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) 
     if match is None:
         raise ConfigError(
             "this is not the name of a function in a module",
+            slug="not-a-function-name",
             where="architecture",
             allowed="module:function, for example my_nets.tiny:build",
             got=name,
@@ -251,6 +264,7 @@ def _own(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) 
         close = difflib.get_close_matches(match["function"], known, n=1)
         raise ConfigError(
             "the module has no such function",
+            slug="no-such-function",
             where="architecture",
             allowed=", ".join(sorted(known)) or f"nothing: {match['module']} has no functions",
             got=name,
@@ -264,6 +278,7 @@ def _own(name: str, classes: int, in_channels: int, options: Mapping[str, Any]) 
     if not isinstance(made, nn.Module):
         raise ConfigError(
             "the factory gives no network",
+            slug="factory-without-network",
             where="architecture",
             allowed=f"{name} returns a torch.nn.Module",
             got=type(made).__name__,
@@ -286,6 +301,7 @@ def _imported(module: str, name: str) -> Any:
         if missing and f"{module}.".startswith(f"{missing}."):
             raise ConfigError(
                 "there is no such module",
+                slug="no-such-module",
                 where="architecture",
                 allowed="a module that is installed, on PYTHONPATH, or in the current directory",
                 got=name,
@@ -293,6 +309,7 @@ def _imported(module: str, name: str) -> Any:
             ) from error
         raise ConfigError(
             "the module cannot be imported",
+            slug="module-not-importable",
             where="architecture",
             allowed=f"import {module} works",
             got=_in_short(error),
@@ -313,6 +330,7 @@ def require_logits(network: nn.Module, preprocessing: PreprocessingConfig, class
     except Exception as error:  # whatever a network raises for images that are not its size
         raise ConfigError(
             "the network refuses such images",
+            slug="network-refuses-images",
             where="preprocessing",
             allowed="a size and channels that the network takes",
             got=f"{side} x {side} pixels, channels: {channels}",
@@ -322,6 +340,7 @@ def require_logits(network: nn.Module, preprocessing: PreprocessingConfig, class
     if found != [2, classes]:
         raise ConfigError(
             "the network gives no logits for these classes",
+            slug="network-without-logits",
             where="architecture",
             allowed=f"one tensor, {[2, classes]} for two images of {classes} classes",
             got=str(found),
@@ -348,6 +367,7 @@ def read_classes(uri: str) -> list[str]:
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise DataError(
             "the class list is not usable",
+            slug="invalid-class-list",
             where=uri,
             allowed="two or more different names, one per line",
             got=str(classes[:20]),
@@ -372,6 +392,7 @@ def load_weights(module: nn.Module, uri: str) -> None:
         except Exception as error:  # torch raises many kinds; all mean that the file cannot be trusted or read
             raise DataError(
                 "the weights cannot be loaded safely",
+                slug="unsafe-weights",
                 where=uri,
                 allowed="a .safetensors file, or a .pth that holds a plain state dict",
                 got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
@@ -380,6 +401,7 @@ def load_weights(module: nn.Module, uri: str) -> None:
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise DataError(
                 "not a plain state dict",
+                slug="not-a-state-dict",
                 where=uri,
                 allowed="a mapping of names to tensors",
                 hint="save network.state_dict() alone, best with safetensors.torch.save_file",
@@ -406,6 +428,7 @@ def load_safetensors(module: nn.Module, content: bytes, where: str) -> None:
     except SafetensorError as error:
         raise DataError(
             "not a safetensors file",
+            slug="not-safetensors",
             where=where,
             got=str(error),
             hint="fetch it again, or write it with safetensors.torch.save_file",
@@ -427,6 +450,7 @@ def _load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     if problems:
         raise DataError(
             "the weights do not belong to this network",
+            slug="weights-do-not-fit",
             where=where,
             got="; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""),
             hint="check architecture, its options, the class list and preprocessing.channels",
@@ -544,6 +568,7 @@ class TappedNetwork(nn.Module):
         if missing or not self.stages:
             raise ConfigError(
                 "the network has no such module",
+                slug="no-such-stage",
                 where="teacher.stages",
                 allowed=", ".join(name for name, _ in network.named_children()),
                 got=", ".join(missing) or "none",
@@ -578,6 +603,7 @@ class TappedNetwork(nn.Module):
             if not isinstance(output, Tensor):
                 raise ConfigError(
                     "a stage gives no tensor",
+                    slug="stage-without-tensor",
                     where="teacher.stages",
                     allowed="modules that the forward pass calls, with one tensor as output",
                     got=f"{type(output).__name__} from {name}" if output is not None else f"nothing from {name}",
@@ -604,6 +630,7 @@ class StagedTeacher(nn.Module):
         if not 0 < early < len(stages):
             raise ConfigError(
                 "the gate must leave some stages to spare",
+                slug="gate-spares-no-stage",
                 where="features.cascade_stages",
                 allowed=f"1 to {len(stages) - 1}, for the stages {', '.join(stages)}",
                 got=str(early),
@@ -656,6 +683,7 @@ class EarlyStages(nn.Module):
         except Exception as error:  # torch.fx raises whatever the network's own code raises while it is traced
             raise ConfigError(
                 "the late stages of this network cannot be left out",
+                slug="network-not-separable",
                 where="features.cascade",
                 got=str(error).partition("\n")[0],
                 hint="set features.engine to onnx, or features.cascade to false",
@@ -714,6 +742,7 @@ def find_stages(network: nn.Module) -> tuple[str, ...]:
         return found
     raise ConfigError(
         "the stages of this network are not known",
+        slug="stages-not-known",
         where="teacher.stages",
         allowed="a list of module names, early to late",
         got=f"none, for {type(network).__name__}",

@@ -497,6 +497,7 @@ class Pipeline:
             ):
                 raise DataError(
                     f"`{verb}` needs the result of `{needed.verb}`, which is missing or out of date",
+                    slug="earlier-stage-missing",
                     where=str(self.storage.child(needed.folder)),
                     hint=f"run `pu-ray {needed.verb} JOB.yaml`, or `pu-ray run JOB.yaml` for everything",
                 )
@@ -639,6 +640,7 @@ def check_paths(job: JobConfig) -> None:
         if found not in wanted.split(" or "):
             raise ConfigError(
                 f"there is no such {wanted}",
+                slug="no-such-input",
                 where=setting,
                 allowed=f"the path or URI of a {wanted}",
                 got=f"{uri} ({found})",
@@ -668,7 +670,7 @@ def check_networks(job: JobConfig, roles: Sequence[str] = ("teacher", "student")
                 models.TappedNetwork(built, job.teacher.stages)
         except ConfigError as error:
             where = str(error.where) if str(error.where).startswith("teacher.") else f"{setting}.{error.where}"
-            raise ConfigError(error.problem, **(error.as_dict() | {"where": where})) from error
+            raise error.at(where) from error
 
 
 def _settings(job: JobConfig) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def to_int8(graph: bytes, input_name: str, calibration_NCHW: Any) -> bytes:
         except Exception as error:  # whatever the tool's passes raise for a graph they do not know
             raise DataError(
                 "this network cannot be quantised",
+                slug="network-not-quantisable",
                 where="export.formats (onnx-int8)",
                 got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
                 hint="leave onnx-int8 out of export.formats",

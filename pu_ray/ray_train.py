@@ -223,5 +223,8 @@ def _reason(error: BaseException) -> PuRayError:
             cause = getattr(cause, "cause", None) or cause.__cause__
     text = "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items()) or str(error)
     return ClusterError(
-        "training failed", got=text[:2000], hint="run the same command again: it goes on from the last checkpoint"
+        "training failed",
+        slug="training-failed",
+        got=text[:2000],
+        hint="run the same command again: it goes on from the last checkpoint",
     )

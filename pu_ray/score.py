@@ -271,6 +271,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     if config.features.cache and passed.rows != embedded.counts["rows"]:
         raise ClusterError(
             "scored rows are not the lake's rows",
+            slug="scores-do-not-match-lake",
             where=str(target),
             allowed=str(embedded.counts["rows"]),
             got=str(passed.rows),

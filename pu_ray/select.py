@@ -295,6 +295,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     if chosen.num_rows == 0:
         raise DataError(
             "no image was selected",
+            slug="no-image-selected",
             where=str(scores),
             allowed="at least one image at or above the threshold",
             got=f"{passed} above {float(np.min(cut_K)):g}, {len(why_not)} of them excluded",
@@ -365,6 +366,7 @@ def _cut(
     except ValueError as error:
         raise DataError(
             "too few calibration images for this promise",
+            slug="too-few-calibration-images",
             where=f"selection.{'fdr' if settings.rule == 'fdr_discard' else 'per'}",
             got=str(error),
             hint="label more images, or promise less: a lower selection.recall or selection.confidence, "
@@ -405,6 +407,7 @@ def _require_finite(found: threshold.RecallThreshold, calibration: Any) -> None:
     if math.isinf(found.value):
         raise DataError(
             "the cascade's gate rejects too many labeled images for this promise",
+            slug="cascade-rejects-too-many",
             where="selection.recall",
             allowed=f"fewer than {found.rank} of {found.calibration} calibration images rejected",
             got=f"{int(np.isneginf(calibration).sum())} rejected",

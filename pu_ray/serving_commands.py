@@ -91,6 +91,7 @@ def serve(
         if address is not None:
             raise ConfigError(
                 "a running cluster has chosen its proxy",
+                slug="proxy-already-chosen",
                 where="--haproxy",
                 hint="set RAY_SERVE_ENABLE_HA_PROXY=1 on every node before Ray starts there",
             )
@@ -121,7 +122,10 @@ def serve(
             config_out.write_text(text)
         except OSError as error:
             raise ConfigError(
-                "the file cannot be written", where="--config-out", got=f"{config_out}: {error.strerror}"
+                "the file cannot be written",
+                slug="file-not-writable",
+                where="--config-out",
+                got=f"{config_out}: {error.strerror}",
             ) from error
         narrator.say(f"wrote {config_out}; `serve deploy {config_out}` brings it to a cluster")
         return
@@ -183,12 +187,19 @@ def _images(given: list[Path]) -> Any:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
             if not files:
-                raise ConfigError("there is no image in this folder", where=str(path), allowed=", ".join(_SUFFIXES))
+                raise ConfigError(
+                    "there is no image in this folder",
+                    slug="no-image-in-folder",
+                    where=str(path),
+                    allowed=", ".join(_SUFFIXES),
+                )
         for file in files:
             try:
                 content = file.read_bytes()
             except OSError as error:
-                raise ConfigError("the image cannot be read", where=str(file), got=error.strerror) from error
+                raise ConfigError(
+                    "the image cannot be read", slug="image-unreadable", where=str(file), got=error.strerror
+                ) from error
             yield str(file), content
 
 
@@ -206,7 +217,12 @@ def token(
             with add_to.open("a") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise ConfigError("the tokens file cannot be written", where=str(add_to), got=error.strerror) from error
+            raise ConfigError(
+                "the tokens file cannot be written",
+                slug="tokens-file-not-writable",
+                where=str(add_to),
+                got=error.strerror,
+            ) from error
     else:
         print(f"line of the tokens file: {line}", file=sys.stderr)
     print(fresh)

@@ -37,6 +37,7 @@ def read(uri: str, columns: Sequence[str], names: Sequence[str]) -> Values:
     if missing := [name for name in (schema.NAME, *columns) if name not in table.column_names]:
         raise ConfigError(
             "the metadata has no such column",
+            slug="no-such-column",
             where="evaluation.metadata" if schema.NAME in missing else "evaluation.slices",
             allowed=", ".join(table.column_names[:20]),
             got=", ".join(missing),
@@ -46,11 +47,17 @@ def read(uri: str, columns: Sequence[str], names: Sequence[str]) -> Values:
     for row, name in enumerate(table[schema.NAME].to_pylist()):
         if place.setdefault(str(name), row) != row:
             raise DataError(
-                "an image is there twice", where=uri, allowed="one row per image", got=str(name), hint="remove one"
+                "an image is there twice",
+                slug="metadata-row-twice",
+                where=uri,
+                allowed="one row per image",
+                got=str(name),
+                hint="remove one",
             )
     if unknown := [name for name in names if name not in place]:
         raise DataError(
             "the metadata lacks test images",
+            slug="metadata-incomplete",
             where=uri,
             allowed="a row for every test image, named by its path below test.uri",
             got=f"none for {len(unknown)} of {len(names)}: {', '.join(unknown[:3])}",
@@ -62,6 +69,7 @@ def read(uri: str, columns: Sequence[str], names: Sequence[str]) -> Values:
         if (different := len(set(found))) > _MOST_VALUES:
             raise DataError(
                 "too many values to slice by",
+                slug="too-many-slices",
                 where=f"{uri}, column {column}",
                 allowed=f"at most {_MOST_VALUES}",
                 got=str(different),
@@ -87,6 +95,7 @@ def _table(uri: str, columns: Sequence[str]) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise DataError(
             "not a readable CSV file",
+            slug="not-csv",
             where=uri,
             got=str(error),
             hint="save it as CSV in UTF-8, with a line of column names and commas between",

@@ -165,23 +165,35 @@ def _explain(uri: str, error: OSError, doing: str) -> DataError:
     kind, text = classify(error), str(error)
     if kind == "refused":
         return DataError(
-            f"{doing} is not permitted", where=uri, got=text, hint="check the credentials in the environment"
+            f"{doing} is not permitted",
+            slug="storage-not-permitted",
+            where=uri,
+            got=text,
+            hint="check the credentials in the environment",
         )
     if kind in ("missing", "no-bucket"):
-        problem = "there is no such bucket" if kind == "no-bucket" else "there is no such file"
-        return DataError(problem, where=uri, hint="check the URI and the endpoint in the environment")
+        hint = "check the URI and the endpoint in the environment"
+        if kind == "no-bucket":
+            return DataError("there is no such bucket", slug="no-such-bucket", where=uri, hint=hint)
+        return DataError("there is no such file", slug="no-such-file", where=uri, hint=hint)
     if kind == "not-a-file":
-        return DataError("not a file", where=uri, got="a folder", hint="name one file in it")
+        return DataError("not a file", slug="not-a-file", where=uri, got="a folder", hint="name one file in it")
     if kind == "full":
         hint = "make room, then give the same command again: finished work is kept, and it goes on"
-        return DataError("there is no space left", where=uri, got=text, hint=hint)
+        return DataError("there is no space left", slug="no-space-left", where=uri, got=text, hint=hint)
     if kind == "read-only":
         hint = "make it writable or choose another place; finished work is kept, and the same command goes on"
-        return DataError("the file system is read-only", where=uri, got=text, hint=hint)
+        return DataError("the file system is read-only", slug="read-only-storage", where=uri, got=text, hint=hint)
     if kind == "rejected":
-        return DataError(f"the storage does not accept {doing}", where=uri, got=text, hint="check URI and storage")
+        return DataError(
+            f"the storage does not accept {doing}",
+            slug="storage-rejects",
+            where=uri,
+            got=text,
+            hint="check URI and storage",
+        )
     hint = "check the storage, then give the same command again: finished work is kept, and it goes on"
-    return DataError(f"{doing} failed, again and again", where=uri, got=text, hint=hint)
+    return DataError(f"{doing} failed, again and again", slug="storage-failed", where=uri, got=text, hint=hint)
 
 
 _DAMAGED = "if PU-Ray wrote it, delete the folder and give the command again; else fetch the file anew"
@@ -235,7 +247,11 @@ class Storage:
         """
         if not self.is_local:
             raise DataError(
-                "a local folder is needed", where=self.uri, allowed="a path on this machine", hint="copy it here first"
+                "a local folder is needed",
+                slug="not-local",
+                where=self.uri,
+                allowed="a path on this machine",
+                hint="copy it here first",
             )
         return Path(self.root())
 
@@ -263,6 +279,7 @@ class Storage:
         except (ValueError, ImportError) as error:
             raise DataError(
                 "this kind of storage is not available",
+                slug="unknown-storage",
                 where=self.uri,
                 allowed="a local path, s3://, or an installed fsspec scheme",
                 got=self.scheme,
@@ -323,7 +340,7 @@ class Storage:
             return self.read_bytes(path).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                "not UTF-8 text", where=f"{self.uri}/{path}", got=str(error), hint="save it in UTF-8"
+                "not UTF-8 text", slug="not-utf8", where=f"{self.uri}/{path}", got=str(error), hint="save it in UTF-8"
             ) from error
 
     def read_json(self, path: str) -> Any:
@@ -335,7 +352,9 @@ class Storage:
         try:
             return json.loads(self.read_bytes(path))
         except ValueError as error:
-            raise DataError("not valid JSON", where=f"{self.uri}/{path}", got=str(error), hint=_DAMAGED) from error
+            raise DataError(
+                "not valid JSON", slug="not-json", where=f"{self.uri}/{path}", got=str(error), hint=_DAMAGED
+            ) from error
 
     def read_if_there(self, path: str) -> bytes | None:
         """The whole file, or None where there is none.
@@ -378,7 +397,11 @@ class Storage:
             return self.attempt("reading", path, read)
         except pa.ArrowInvalid as error:
             raise DataError(
-                "not a readable Parquet file", where=f"{self.uri}/{path}", got=str(error), hint=_DAMAGED
+                "not a readable Parquet file",
+                slug="not-parquet",
+                where=f"{self.uri}/{path}",
+                got=str(error),
+                hint=_DAMAGED,
             ) from error
 
     def list_files(self, path: str = "", *, on_progress: Callable[[int], None] | None = None) -> list[FileInfo]:
@@ -822,7 +845,11 @@ def _require_utf8(folder: str, name: str) -> None:
         name.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            "a file's name is not UTF-8", where=folder, got=repr(os.fsencode(name)), hint="rename or remove it"
+            "a file's name is not UTF-8",
+            slug="file-name-not-utf8",
+            where=folder,
+            got=repr(os.fsencode(name)),
+            hint="rename or remove it",
         ) from error
 
 
@@ -868,7 +895,11 @@ def _timeouts_s() -> tuple[float, float]:
         silence_s = 0.0
     if not 1 <= silence_s < float("inf"):
         raise ConfigError(
-            "not a time to wait for the storage", where="PU_RAY_S3_TIMEOUT_S", allowed="seconds, 1 or more", got=setting
+            "not a time to wait for the storage",
+            slug="invalid-s3-timeout",
+            where="PU_RAY_S3_TIMEOUT_S",
+            allowed="seconds, 1 or more",
+            got=setting,
         )
     return min(_CONNECT_S, silence_s), silence_s
 

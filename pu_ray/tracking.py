@@ -50,6 +50,7 @@ def check(settings: TrackingConfig) -> None:
     if settings.mlflow_uri is not None and importlib.util.find_spec("mlflow") is None:
         raise ConfigError(
             "MLflow is not installed",
+            slug="mlflow-not-installed",
             where="tracking.mlflow_uri",
             got=settings.mlflow_uri,
             hint="pip install 'pu-ray[mlflow]', or leave the setting out",
@@ -168,6 +169,7 @@ def _told(what: str) -> Iterator[None]:
     except MlflowException as error:
         raise ClusterError(
             f"MLflow does not take {what}",
+            slug="mlflow-refuses",
             where="tracking.mlflow_uri",
             got=str(error).partition("\n")[0],
             hint="check that the server is up, or leave the setting out, and give the same command again",

@@ -155,7 +155,9 @@ def _checked(kind: type[_Arguments], args: dict[str, Any]) -> _Arguments:
         return kind.model_validate(args)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        raise ConfigError(str(problem["msg"]), where=".".join(("args", *map(str, problem["loc"])))) from error
+        raise ConfigError(
+            str(problem["msg"]), slug="invalid-serve-arguments", where=".".join(("args", *map(str, problem["loc"])))
+        ) from error
 
 
 def _tried(student: Student, settings: ServingSettings) -> Student:
@@ -193,7 +195,11 @@ def deploy(uris: Sequence[str], settings: ServingSettings, *, host: str = "127.0
     assert ray.is_initialized(), "cluster.session comes first"
     if serve.status().proxies:
         # Serve would keep its old address without saying so, and it may be open to others.
-        raise ClusterError("Ray Serve runs on this cluster already", hint="stop that server first: `serve shutdown`")
+        raise ClusterError(
+            "Ray Serve runs on this cluster already",
+            slug="serve-already-runs",
+            hint="stop that server first: `serve shutdown`",
+        )
     _check_port_is_free(host, port)
     try:
         grpc = None
@@ -305,13 +311,14 @@ def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], N
 
 def _check_address(host: str, port: int, settings: ServingSettings) -> None:
     if not 1 <= port <= 65535:
-        raise ConfigError("not a TCP port", where="port", allowed="1 to 65535", got=str(port))
+        raise ConfigError("not a TCP port", slug="invalid-port", where="port", allowed="1 to 65535", got=str(port))
     if settings.authentication == "required" or not _is_loopback(host):
         return  # guarded; or open to others, as somebody has asked for
     opened = [variable for variable in _OPEN_TO_ALL if os.environ.get(variable, "0") not in ("", "0")]
     if opened or settings.grpc_port is not None:
         raise ConfigError(
             "this opens the server to other machines, and nobody is asked for a token",
+            slug="open-without-tokens",
             where=opened[0] if opened else "grpc_port",
             allowed="unset",
             got=os.environ[opened[0]] if opened else str(settings.grpc_port),
@@ -336,7 +343,11 @@ def _check_port_is_free(host: str, port: int) -> None:
             probe.bind((host, port))
     except OSError as error:
         raise ClusterError(
-            "the server cannot listen there", where=f"{host}:{port}", got=str(error), hint="choose another --port"
+            "the server cannot listen there",
+            slug="cannot-listen",
+            where=f"{host}:{port}",
+            got=str(error),
+            hint="choose another --port",
         ) from error
 
 
@@ -352,6 +363,7 @@ def _wait_until_ready(names: Sequence[str], timeout_s: float) -> None:
         if failed:
             raise ClusterError(
                 "the students could not be started",
+                slug="students-not-started",
                 got="; ".join(map(_messages, failed)),
                 hint="look at the replicas' logs",
             )
@@ -359,6 +371,7 @@ def _wait_until_ready(names: Sequence[str], timeout_s: float) -> None:
             late = [overview for overview in known if overview.status != ApplicationStatus.RUNNING]
             raise ClusterError(
                 f"the students were not ready after {timeout_s:g} s",
+                slug="students-not-ready",
                 got="; ".join(map(_messages, late)) if known else "no status from Ray Serve",
                 hint="give the cluster more CPUs, ask for fewer replicas, or look at the replicas' logs",
             )

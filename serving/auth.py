@@ -54,13 +54,16 @@ def parse(text: str, where: str) -> dict[str, str]:
         if found is None:
             raise ConfigError(
                 "not a line of a tokens file",
+                slug="not-a-token-line",
                 where=f"{where}, line {number}",
                 allowed="sha256:, 64 hexadecimal digits, and a name",
                 hint="make a token and its line with `pu-ray token NAME`",
             )
         names[found[1]] = found[2] or f"token {len(names) + 1}"
     if not names:
-        raise ConfigError("no token is known, so nobody could ask", where=where, hint="`pu-ray token NAME` makes one")
+        raise ConfigError(
+            "no token is known, so nobody could ask", slug="no-token", where=where, hint="`pu-ray token NAME` makes one"
+        )
     return names
 
 
@@ -139,6 +142,7 @@ def own_token() -> str:
     except OSError as error:
         raise ConfigError(
             "the token of this machine cannot be kept",
+            slug="token-not-kept",
             where=str(file),
             got=error.strerror,
             hint="give the server a tokens file (--tokens), or --no-auth",

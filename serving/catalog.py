@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pu_ray import manifest
-from pu_ray.errors import ConfigError, DataError
+from pu_ray.errors import ConfigError, DataError, wrong_setting
 from pu_ray.storage import Storage
 from serving import registry
 from serving.registry import NAME, Student
@@ -105,6 +105,7 @@ class Catalog:
         if not NAME.fullmatch(name) or not self._storage.exists(f"{name}/{_ROUTE}"):
             raise DataError(
                 "the registry has no student of this name",
+                slug="no-such-student",
                 where=self.uri,
                 got=name,
                 hint=f"`pu-ray registry list {self.uri}` shows the names",
@@ -114,6 +115,7 @@ class Catalog:
         except ValidationError as error:
             raise DataError(
                 "not a route",
+                slug="route-damaged",
                 where=where,
                 got=str(error.errors()[0]["msg"]),
                 hint="restore that file, or add the students to a new registry",
@@ -122,6 +124,7 @@ class Catalog:
         if missing := sorted(routed.route.versions - set(uris)):
             raise DataError(
                 "the route names versions that are not there",
+                slug="routed-versions-missing",
                 where=where,
                 got=", ".join(missing),
                 hint="add them again with `pu-ray registry add`",
@@ -159,6 +162,7 @@ class Catalog:
         if version in entry.routed.route.versions:
             raise ConfigError(
                 "the route still names this version",
+                slug="version-in-use",
                 where=self._where(name),
                 got=version,
                 hint="give its place to another version first: promote, canary, shadow or alias",
@@ -180,7 +184,9 @@ class Catalog:
             route = entry.routed.route
             wanted = self.version(entry, version) if version is not None else route.canary
             if wanted is None:
-                raise ConfigError("there is no canary to promote", where=self._where(name), hint="name a version")
+                raise ConfigError(
+                    "there is no canary to promote", slug="no-canary", where=self._where(name), hint="name a version"
+                )
             if wanted == route.stable:
                 return entry.routed
             update: dict[str, Any] = {"stable": wanted}
@@ -204,6 +210,7 @@ class Catalog:
             if not history:
                 raise ConfigError(
                     "there is nothing to roll back to",
+                    slug="nothing-to-roll-back-to",
                     where=self._where(name),
                     hint="`pu-ray registry promote` takes any version by its name",
                 )
@@ -252,6 +259,7 @@ class Catalog:
         if len(found) != 1:
             raise DataError(
                 "no such version" if not found else "several versions begin like this",
+                slug="no-such-version" if not found else "ambiguous-version",
                 where=self._where(entry.name),
                 allowed=", ".join(entry.uris),
                 got=wanted,
@@ -264,8 +272,7 @@ class Catalog:
         try:
             route = Route.model_validate(entry.routed.route.model_dump() | update)
         except ValidationError as error:
-            problem = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-            raise ConfigError(problem, where=self._where(entry.name)) from error
+            raise wrong_setting(error.errors()[0], where=self._where(entry.name)) from error
         return Routed(route=route, history=(entry.routed.history if history is None else history)[-_HISTORY:])
 
     def _change(self, name: str, changes: Callable[[Entry], Routed]) -> Routed:
@@ -274,7 +281,9 @@ class Catalog:
             routed = changes(self.entry(name))
             if self._storage.write_if(f"{name}/{_ROUTE}", _as_bytes(routed), tag) is not None:
                 return routed
-        raise ConfigError("others keep changing this route", where=self._where(name), hint="try again")
+        raise ConfigError(
+            "others keep changing this route", slug="route-contended", where=self._where(name), hint="try again"
+        )
 
     def _where(self, name: str) -> str:
         return f"{self.uri}/{name}"
@@ -291,7 +300,10 @@ class Catalog:
             return
         if self._storage.exists() and self._storage.list_files():
             raise ConfigError(
-                "this folder holds something that is not a registry", where=self.uri, hint="name a new folder"
+                "this folder holds something that is not a registry",
+                slug="registry-folder-in-use",
+                where=self.uri,
+                hint="name a new folder",
             )
         self._storage.write_json(_MARKER, {"format": _FORMAT})
 
@@ -299,6 +311,7 @@ class Catalog:
         if not self.exists():
             raise DataError(
                 "not a registry of students",
+                slug="not-a-registry",
                 where=self.uri,
                 hint="make one with `pu-ray registry add REGISTRY EXPORTED`",
             )

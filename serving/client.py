@@ -117,11 +117,13 @@ class _Asking:
         if isinstance(error, httpx.TimeoutException):
             return ClusterError(
                 f"the server did not answer within {self._timeout_s:g} s",
+                slug="server-timeout",
                 where=self.url,
                 hint="it is busy or far away: try again, or send fewer images at once",
             )
         return ClusterError(
             "the server cannot be reached",
+            slug="server-unreachable",
             where=self.url,
             got=str(error) or type(error).__name__,
             hint="start one with `pu-ray serve EXPORTED`, or check --url",
@@ -146,17 +148,25 @@ class _Asking:
             return self.stranger()
         told = {"where": self.url, "got": f"HTTP {status}"}
         if status == 401:
-            return ConfigError(message, hint=f"set {auth.TOKEN_VARIABLE} to a token that the server knows", **told)
+            return ConfigError(
+                message,
+                slug="token-refused",
+                hint=f"set {auth.TOKEN_VARIABLE} to a token that the server knows",
+                **told,
+            )
         if status in (408, 429, 503, 504):
-            return ClusterError(message, hint="try again", **told)
+            return ClusterError(message, slug="server-busy", hint="try again", **told)
         if status >= 500:
-            return ClusterError(message, hint="look at the server's log", **told)
-        return DataError(message, **told)
+            return ClusterError(message, slug="server-fault", hint="look at the server's log", **told)
+        return DataError(message, slug="request-refused", **told)
 
     def stranger(self) -> ClusterError:
         """Somebody else answers there."""
         return ClusterError(
-            "something answers there, but it is not a PU-Ray server", where=self.url, hint="check --url"
+            "something answers there, but it is not a PU-Ray server",
+            slug="not-a-pu-ray-server",
+            where=self.url,
+            hint="check --url",
         )
 
     # -- requests and what comes back ---------------------------------------------------------------------
@@ -334,7 +344,9 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 
 def _no_url(url: str, got: str) -> ConfigError:
-    return ConfigError("not the URL of a server", where=url, allowed="like http://127.0.0.1:8000", got=got)
+    return ConfigError(
+        "not the URL of a server", slug="not-a-server-url", where=url, allowed="like http://127.0.0.1:8000", got=got
+    )
 
 
 def _is_loopback(host: str) -> bool:

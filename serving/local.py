@@ -151,6 +151,7 @@ def reopened(student: Student, settings: ServingSettings) -> Predictor:
     if loaded.student != student:
         raise DataError(
             "the exported student changed since the server was started",
+            slug="student-changed",
             where=student.uri,
             allowed=f"version {student.version}",
             got=f"version {loaded.student.version}",

@@ -57,13 +57,17 @@ def plan(uris: Sequence[str], engine: str = "auto") -> Plan:
     """
     if not uris:
         raise ConfigError(
-            "there is nothing to serve", where="EXPORTED", allowed="one exported folder or more, or a registry"
+            "there is nothing to serve",
+            slug="nothing-to-serve",
+            where="EXPORTED",
+            allowed="one exported folder or more, or a registry",
         )
     registries = [uri for uri in uris if Catalog(uri).exists()]
     if registries:
         if len(uris) > 1:
             raise ConfigError(
                 "a registry is served alone",
+                slug="registry-not-alone",
                 where=registries[0],
                 got=f"{len(uris)} folders",
                 hint="add the other students to it: `pu-ray registry add`",
@@ -72,6 +76,7 @@ def plan(uris: Sequence[str], engine: str = "auto") -> Plan:
         if not found.students:
             raise ConfigError(
                 "the registry is empty",
+                slug="registry-empty",
                 where=found.registry_uri,
                 hint="`pu-ray registry add REGISTRY EXPORTED` puts a student there",
             )
@@ -82,6 +87,7 @@ def plan(uris: Sequence[str], engine: str = "auto") -> Plan:
         if any((student.name, student.version) == (other.name, other.version) for other in students):
             raise ConfigError(
                 "the same student twice",
+                slug="student-twice",
                 where=student.uri,
                 got=f"{student.name} {student.version}",
                 hint="name each folder once",

@@ -118,7 +118,11 @@ class Predictor:
             raise  # it says what is wrong by itself
         except Exception as error:  # ONNX Runtime raises a private class per kind of damage
             raise DataError(
-                "the network cannot be loaded", where=self._where, got=str(error), hint="export again"
+                "the network cannot be loaded",
+                slug="network-not-loadable",
+                where=self._where,
+                got=str(error),
+                hint="export again",
             ) from error
 
     def warm_up(self) -> None:
@@ -134,6 +138,7 @@ class Predictor:
         except Exception as error:
             raise DataError(
                 "the network does not take images of its own preprocessing",
+                slug="network-does-not-fit-preprocessing",
                 where=self._where,
                 allowed=f"{preprocessing.channels} x {preprocessing.size_px} x {preprocessing.size_px}",
                 got=str(error),
@@ -142,6 +147,7 @@ class Predictor:
         if logits_NK.shape != (2, classes) or logits_NK.dtype != np.float32:
             raise DataError(
                 "the network's answer does not fit its labels",
+                slug="network-does-not-fit-labels",
                 where=self._where,
                 allowed=f"float32 [2, {classes}] for two images",
                 got=f"{logits_NK.dtype} {list(logits_NK.shape)}",

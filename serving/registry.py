@@ -83,6 +83,7 @@ def load(uri: str, engine: str = "auto") -> LoadedStudent:
     if published.stage != "export":
         raise DataError(
             "only exported students can be served",
+            slug="not-an-export",
             where=where,
             allowed="an artifact of stage 'export'",
             got=f"stage {published.stage!r}",
@@ -91,6 +92,7 @@ def load(uri: str, engine: str = "auto") -> LoadedStudent:
     if published.facts.get("gate_passed") is not True:
         raise GateError(
             "this student did not pass its quality gate",
+            slug="not-passed",
             where=where,
             got=f"gate_passed {published.facts.get('gate_passed')!r}",
             hint="look into the run's report.html; nothing below the gate is served",
@@ -99,6 +101,7 @@ def load(uri: str, engine: str = "auto") -> LoadedStudent:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise DataError(
             "the student's name cannot be used in URLs",
+            slug="invalid-student-name",
             where=where,
             allowed=NAME.pattern,
             got=repr(name),
@@ -124,6 +127,7 @@ def _engine(published: manifest.Manifest, wanted: str, where: str) -> str:
     if not (timed if wanted == "auto" else wanted in there):
         raise DataError(
             "this export holds no ONNX network, the format that is served" if wanted == "auto" else "no such engine",
+            slug="export-without-onnx" if wanted == "auto" else "export-without-engine",
             where=where,
             allowed=", ".join((*(["auto"] if timed else []), *there)),
             got=", ".join(sorted(published.files)) if wanted == "auto" else wanted,
@@ -149,6 +153,7 @@ def _checked_files(storage: Storage, published: manifest.Manifest, model: str) -
     if not isinstance(digests, Mapping):
         raise DataError(
             "the export lists no digests, so its files cannot be checked",
+            slug="export-without-digests",
             where=f"{storage}/{manifest.FILE_NAME}",
             hint="export again",
         )
@@ -159,6 +164,7 @@ def _checked_files(storage: Storage, published: manifest.Manifest, model: str) -
         if digests.get(path) != sha256_of(content):
             raise DataError(
                 "the file differs from the one that was published",
+                slug="exported-file-differs",
                 where=f"{storage}/{path}",
                 allowed=f"sha256 {digests.get(path, 'in the manifest')}",
                 got=f"sha256 {sha256_of(content)}, {len(content)} bytes",
@@ -173,10 +179,11 @@ def _labels(content: bytes, where: str) -> tuple[str, ...]:
     try:
         labels = tuple(content.decode("utf-8").splitlines())
     except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=where, got=str(error), hint="export again") from error
+        raise DataError("not UTF-8 text", slug="not-utf8", where=where, got=str(error), hint="export again") from error
     if not labels or not all(label.strip() for label in labels) or len(set(labels)) < len(labels):
         raise DataError(
             "class names must be there, not empty, and different",
+            slug="invalid-class-names",
             where=where,
             got=f"{len(labels)} lines",
             hint="mend teacher.classes and export again",
@@ -191,5 +198,9 @@ def _preprocessing(content: bytes, where: str) -> PreprocessingConfig:
         problem = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, problem["loc"]))
         raise DataError(
-            "not a preprocessing description", where=where, got=f"{place}: {problem['msg']}", hint="export again"
+            "not a preprocessing description",
+            slug="invalid-preprocessing",
+            where=where,
+            got=f"{place}: {problem['msg']}",
+            hint="export again",
         ) from error

@@ -6,6 +6,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pu_ray.errors import RefusedSetting
+
 STABLE = "stable"
 CANARY = "canary"
 
@@ -28,13 +30,13 @@ class Route(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.canary is None and self.canary_share:
-            raise ValueError("canary_share needs a canary")
+            raise RefusedSetting("canary_share needs a canary", slug="share-without-canary")
         if self.canary == self.stable:
-            raise ValueError("the canary must be another version than the stable one")
+            raise RefusedSetting("the canary must be another version than the stable one", slug="canary-is-stable")
         if self.shadow == self.stable:
-            raise ValueError("the shadow must be another version than the stable one")
+            raise RefusedSetting("the shadow must be another version than the stable one", slug="shadow-is-stable")
         if taken := sorted({STABLE, CANARY} & set(self.aliases)):
-            raise ValueError(f"these names are taken: {', '.join(taken)}")
+            raise RefusedSetting(f"these names are taken: {', '.join(taken)}", slug="name-taken")
         return self
 
     @property

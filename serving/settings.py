@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pu_ray.errors import ConfigError
+from pu_ray.errors import RefusedSetting, wrong_setting
 
 
 class ServingSettings(BaseModel):
@@ -77,13 +77,19 @@ class ServingSettings(BaseModel):
     def _tail_can_be_served(self) -> Self:
         fewest, most = self.tail_replicas
         if not 0 <= fewest <= most or most < 1:
-            raise ValueError(f"tail_replicas must be [fewest, most] with at least one, got {list(self.tail_replicas)}")
+            raise RefusedSetting(
+                f"tail_replicas must be [fewest, most] with at least one, got {list(self.tail_replicas)}",
+                slug="tail-replicas-out-of-order",
+            )
         return self
 
     @model_validator(mode="after")
     def _somebody_may_ask(self) -> Self:
         if self.authentication == "required" and not self.token_digests and self.tokens_uri is None:
-            raise ValueError("authentication needs token_digests or tokens_uri; or set authentication to off")
+            raise RefusedSetting(
+                "authentication needs token_digests or tokens_uri; or set authentication to off",
+                slug="authentication-without-tokens",
+            )
         return self
 
 
@@ -98,4 +104,4 @@ def settings_from(changes: dict[str, Any]) -> ServingSettings:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        raise ConfigError(str(problem["msg"]).removeprefix("Value error, "), where=where or "settings") from error
+        raise wrong_setting(problem, where=where or "settings") from error

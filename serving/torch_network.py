@@ -40,6 +40,7 @@ def opened(loaded: LoadedStudent, threads: int) -> Engine:
     if network is None or ":" in network.architecture:
         raise DataError(
             "the engine `torch` builds the network by name, and this export has none that it would follow",
+            slug="network-not-buildable-here",
             where=where,
             allowed="a CIFAR ResNet, or a network of torchvision or timm; code that an artifact names is not run",
             got=network.architecture if network is not None else "no name",

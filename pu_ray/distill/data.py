@@ -55,7 +55,10 @@ def labeled_by_role(labeled: LabeledImages, scorer: Storage, role: str) -> Label
     roles = dict(zip(table[schema.SAMPLE_ID].to_pylist(), table["role"].to_pylist(), strict=True))
     if missing := [name for sample, name in zip(labeled.ids, labeled.names, strict=True) if sample not in roles]:
         raise DataError(
-            "the labeled images have changed since the fit", where=missing[0], hint="run the whole job again"
+            "the labeled images have changed since the fit",
+            slug="labeled-images-changed",
+            where=missing[0],
+            hint="run the whole job again",
         )
     return labeled.rows([row for row, sample in enumerate(labeled.ids) if roles[sample] == role])
 

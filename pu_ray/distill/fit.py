@@ -147,6 +147,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     if config.distill.batch_size > count * 50:
         raise DataError(
             "too few images for such batches",
+            slug="too-few-images-for-batch",
             where="distill.batch_size",
             allowed=f"at most {count * 50}",
             got=str(config.distill.batch_size),

@@ -67,6 +67,7 @@ class SoftLabeller:
             first = int(np.flatnonzero(broken)[0])
             raise DataError(
                 "a chosen image cannot be decoded",
+                slug="chosen-image-unusable",
                 where=str(block[schema.NAME][first].as_py() or block[schema.SHARD][first].as_py()),
                 got=str(block[schema.ERROR][first].as_py()),
                 hint="run the whole job again; images that cannot be used are left out of the choice",

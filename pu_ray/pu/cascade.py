@@ -78,6 +78,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     if min(len(pixels) // 2, roles.count("train"), roles.count("validate")) < 10:
         raise DataError(
             "too few images to fit the cascade's gate on",
+            slug="too-few-images-for-cascade",
             where="features.cascade",
             allowed="20 usable lake images, 10 labeled images to train on and 10 to validate",
             got=f"{len(pixels)}, {roles.count('train')} and {roles.count('validate')}",

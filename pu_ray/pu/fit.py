@@ -66,6 +66,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     if drawn.num_rows < 20:
         raise DataError(
             "the lake is too small to learn from",
+            slug="lake-too-small",
             where=config.lake.uri,
             allowed="20 usable images or more",
             got=str(drawn.num_rows),
@@ -126,6 +127,7 @@ def _require_enough(roles: list[str], config: JobConfig) -> None:
     if short:
         raise DataError(
             f"too few labeled images for {' and '.join(short)}",
+            slug="too-few-labeled-images",
             where=config.labeled.uri,
             allowed=", ".join(f"{role} >= {needed[role]}" for role in ROLES),
             got=", ".join(f"{role} {counts[role]}" for role in ROLES),

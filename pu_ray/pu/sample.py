@@ -61,6 +61,7 @@ def draw_unlabeled(features: Storage, count: int, seed: int, exclude: set[bytes]
     if not parts:
         raise DataError(
             "the lake holds no usable image",
+            slug="no-usable-image",
             where=str(features),
             hint="look at the lake with `pu-ray lake inspect URI`",
         )
@@ -104,6 +105,7 @@ def lake_pixels(config: JobConfig, sample: pa.Table) -> npt.NDArray[np.uint8]:
 def _changed(config: JobConfig, shards: Sequence[str]) -> DataError:
     return DataError(
         "the lake has changed since its features were computed",
+        slug="lake-changed-since-features",
         where=config.lake.uri,
         got=", ".join(shards[:5]),
         hint="run the whole job again; unchanged shards are kept",

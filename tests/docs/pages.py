@@ -173,17 +173,23 @@ def _calls_below(node: ast.AST, module: str, names: Names, wanted: Callable[[str
 # -- docs/errors.md ----------------------------------------------------------------------------------------
 
 KINDS = {kind.__name__: kind for kind in errors.PuRayError.__subclasses__()}
+# What makes an error for users, by name; a refused setting becomes an error of the configuration.
+MAKERS = KINDS | {errors.RefusedSetting.__name__: errors.ConfigError}
 
-# Messages that are put together elsewhere: what they say, by module.
-ELSEWHERE = {
-    "pu_ray.config": "what pydantic says of a value that is not allowed, or one of "
-    "[the refused combinations](reference/job.md#refused-combinations)",
-    "pu_ray.pipeline": "an error of the network, with the setting that names it",
-    "serving.app": "a Serve config file has arguments that the application does not take",
-    "serving.catalog": "the route would contradict itself, for example with a canary that is the stable version",
-    "serving.client": "what the server answered: see [the server's answers](#what-a-server-answers)",
-    "serving.settings": "what pydantic says of a setting of the server",
+# Mistakes whose message is put together while the program runs: what it says, by code.
+PUT_TOGETHER = {
+    "config/invalid-serve-arguments": "what pydantic says of an argument in a Serve config file",
+    "config/invalid-value": "what pydantic says of a value that is not allowed",
+    "config/several-wrong-settings": "several settings are wrong; each is told, with a code of its own",
+    "config/token-refused": "what the server answered",
+    "cluster/server-busy": "what the server answered",
+    "cluster/server-fault": "what the server answered",
+    "data/request-refused": "what the server answered: see [the server's answers](#what-a-server-answers)",
+    "gate/bounds-violated": "the student, and what it does not do well enough",
 }
+
+# Codes that stand for one mistake in several wordings.
+SAME_MISTAKE = {"config/invalid-value"}
 
 IMAGE_CODES = {
     "truncated": "The file ends too early. Fetch it again.",
@@ -201,37 +207,42 @@ IMAGE_CODES = {
 class Entry:
     """One place where an error is made."""
 
-    kind: str
+    code: str
     problem: str
     module: str
     where: tuple[str, ...]
     allowed: tuple[str, ...]
     hint: tuple[str, ...]
 
-    @property
-    def is_known(self) -> bool:
-        """Whether the source says what the message is."""
-        return _has_words(self.problem)
+
+def makers() -> Iterator[Found]:
+    """Every call that makes an error for users, but those in pu_ray/errors.py that pass a code on."""
+    for each in calls(MAKERS.__contains__):
+        if each.module != "pu_ray.errors" or isinstance(each.keyword("slug"), ast.Constant):
+            yield each
 
 
 def entries() -> list[Entry]:
-    """Every error that the three packages make, by message."""
+    """Every error that the three packages make, by code."""
     found = []
-    for each in calls(KINDS.__contains__):
+    for each in makers():
         assert isinstance(each.call.func, ast.Name)
+        kind = MAKERS[each.call.func.id].kind
         for reader in each.variants():
+            [slug] = reader.texts(each.keyword("slug"))
             for problem in reader.texts(each.call.args[0]):
                 parts = (tuple(reader.texts(each.keyword(name))) for name in ("where", "allowed", "hint"))
-                found.append(Entry(each.call.func.id, problem, each.module, *parts))
-    return sorted(found, key=lambda entry: (_sortable(entry.problem), entry.module))
+                found.append(Entry(f"{kind}/{slug}", problem, each.module, *parts))
+    return sorted(found, key=lambda entry: (entry.code, _sortable(entry.problem), entry.module))
 
 
-def refused_combinations() -> list[str]:
-    """What the models of the settings refuse beyond single values."""
+def refused_combinations() -> list[tuple[str, str]]:
+    """What the models of a job's settings refuse beyond single values: code and message."""
     found = []
-    for each in calls("ValueError".__eq__, ("pu_ray",)):
-        if each.module == "pu_ray.config":
-            found += Reader(each.names, {}).texts(each.call.args[0])
+    for each in calls(errors.RefusedSetting.__name__.__eq__, ("pu_ray",)):
+        reader = Reader(each.names, {})
+        [slug] = reader.texts(each.keyword("slug"))
+        found += [(f"{errors.ConfigError.kind}/{slug}", problem) for problem in reader.texts(each.call.args[0])]
     return found
 
 
@@ -283,16 +294,19 @@ Every error says what was wrong, where, what is allowed, what was there instead,
 EXAMPLE
 ```
 
-The word in brackets is its code. With `--json` the same parts are a document on stdout: `{"error": {"code",
-"problem", "where", "allowed", "got", "hint"}}`. Who makes a mistake gets no traceback; `-v` shows it. Below, words in
-braces stand for what is filled in.
+In brackets stands its code: the kind of error, which decides the exit status, and the mistake. Codes stay; wordings may
+change. `docs/errors.md#config-unknown-key` leads to a code's entry below. With `--json` the same parts are a document
+on stdout: `{"error": {"code", "kind", "problem", "where", "allowed", "got", "hint"}}`. Who makes a mistake gets no
+traceback; `-v` shows it. Below, words in braces stand for what is filled in.
 
-| code | exit status | what it means |
+| kind | exit status | what it means |
 |---|---|---|
 KINDS
 | usage | 2 | No such verb or option, or an argument is missing; `--help` shows them. |
 | interrupted | INTERRUPTED | Ctrl-C. The last line says how to go on: finished work is kept. |
-| a traceback | 1 | A fault of PU-Ray: please report it. |
+| internal | 1 | A fault of PU-Ray, with its traceback: please report it. |
+
+The last three have no kinds of mistakes below them: with `--json` the word itself is the code.
 """
 
 IMAGES_HEAD = """\
@@ -316,7 +330,7 @@ As `{"error": "..."}` with the status, over gRPC with the code that belongs to i
 def errors_page() -> str:
     """docs/errors.md."""
     kinds = [
-        f"| [{kind.code}](#{kind.code}-exit-status-{kind.exit_status}) | {kind.exit_status} | {_said(kind)} |"
+        f"| [{kind.kind}](#{kind.kind}-exit-status-{kind.exit_status}) | {kind.exit_status} | {_said(kind)} |"
         for kind in KINDS.values()
     ]
     head = _filled(
@@ -324,19 +338,30 @@ def errors_page() -> str:
     )
     lines = [head]
     found = entries()
-    for name, kind in KINDS.items():
-        lines += [f"## {kind.code}: exit status {kind.exit_status}", "", _said(kind), ""]
-        mine = [entry for entry in found if entry.kind == name]
-        for problem, places in itertools.groupby([entry for entry in mine if entry.is_known], lambda it: it.problem):
-            lines += [f"### {_escaped(problem)}", "", *dict.fromkeys(map(_place, places)), ""]
-        if elsewhere := [entry for entry in mine if not entry.is_known]:
-            lines += [f"### {kind.code}: messages that are put together", ""]
-            lines += dict.fromkeys(f"- `{entry.module}`: {ELSEWHERE[entry.module]}." for entry in elsewhere)
-            lines.append("")
+    for kind in KINDS.values():
+        lines += [f"## {kind.kind}: exit status {kind.exit_status}", "", _said(kind), ""]
+        mine = [entry for entry in found if entry.code.startswith(f"{kind.kind}/")]
+        for code, places in itertools.groupby(mine, lambda it: it.code):
+            # GitHub's own anchor of such a heading has no hyphen for the slash.
+            lines += [f'<a id="{anchor_of(code)}"></a>', "", f"### {code}", ""]
+            for message, same in itertools.groupby(places, _message):
+                lines += [message, "", *dict.fromkeys(map(_place, same)), ""]
     lines += [IMAGES_HEAD, *(f"| `{code}` | {IMAGE_CODES[code]} |" for code in schema.ERROR_CODES), SERVER_HEAD]
     for status, messages in server_answers().items():
         lines += [f"| {status} | {_escaped(message)} |" for message in messages]
     return "\n".join(lines) + "\n"
+
+
+def anchor_of(code: str) -> str:
+    """Where the page tells of a code."""
+    return code.replace("/", "-")
+
+
+def _message(entry: Entry) -> str:
+    if _has_words(entry.problem) and entry.code not in PUT_TOGETHER:
+        return f"**{_escaped(entry.problem)}**"
+    told = PUT_TOGETHER[entry.code]
+    return told[0].upper() + told[1:] + "."
 
 
 def _filled(text: str, **values: str) -> str:
@@ -345,11 +370,9 @@ def _filled(text: str, **values: str) -> str:
 
 def _example() -> str:
     try:
-        config.resolve([("--set", {"scorer": {"pior": 0.2}})])
+        config.load(ROOT / "cluster/jobs/smoke.yaml", ["scorer.pior=0.2"], environment={})
     except errors.ConfigError as error:
-        told = str(error).partition("\n")[2]
-        first = told[told.index("scorer.pior") :].split("\n", 4)
-        shown = [f"error ({error.code}): {first[0]}", *first[1:4]]
+        shown = f"error ({error.code}): {error}".split("\n")
         return "\n".join(line if len(line) < 100 else f"{line[:90]}..." for line in shown)
     raise AssertionError("an unknown key must be refused")
 
@@ -512,7 +535,9 @@ def job_page() -> str:
         paper = f"`{_yaml(_rounded(value))}`"
         lines.append(f"| `{path}` | {defaults[path]} | {paper}{' (the same)' if paper == defaults[path] else ''} |")
     lines += ["", "## Refused combinations", "", "Each is found before anything starts (exit 2).", ""]
-    lines += [f"- {_escaped(text)}" for text in refused_combinations()]
+    lines += [
+        f"- [`{code}`](../errors.md#{anchor_of(code)}): {_escaped(text)}" for code, text in refused_combinations()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -592,11 +617,11 @@ VERBS"""
 def cli_page() -> str:
     """docs/reference/cli.md."""
     found = list(verbs())
-    kinds = [
-        f"| {kind.exit_status} | [{kind.code}](../errors.md): {_said(kind)}"
-        f"{' Also: no such verb or option.' if kind is errors.ConfigError else ''} |"
-        for kind in KINDS.values()
-    ]
+    kinds = []
+    for kind in KINDS.values():
+        link = f"[{kind.kind}](../errors.md#{kind.kind}-exit-status-{kind.exit_status})"
+        also = " Also: no such verb or option." if kind is errors.ConfigError else ""
+        kinds.append(f"| {kind.exit_status} | {link}: {_said(kind)}{also} |")
     listed = [
         f"| [`{verb}`](#{_anchor(f'pu-ray {verb}')}) | {_escaped(command.help or '')} |" for verb, command in found
     ]

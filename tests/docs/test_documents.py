@@ -85,9 +85,12 @@ def test_every_line_to_type_in_the_tutorial_is_a_command_that_is_checked() -> No
 
 
 def headings(document: Path) -> set[str]:
-    """Anchors of the headings, as GitHub makes them."""
-    found = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S), flags=re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+    """Anchors of the headings, as GitHub makes them, and those that are written out."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    found = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return set(re.findall(r'<a id="([^"]+)">', text)) | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found
+    }
 
 
 def test_every_link_to_a_heading_finds_it() -> None:

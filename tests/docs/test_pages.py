@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from typing import get_args
 
 import pytest
@@ -41,10 +43,14 @@ def test_the_pages_are_made_without_ray_and_torch_and_leave_the_folder_alone_whe
 # -- errors ------------------------------------------------------------------------------------------------
 
 
-def _made(source: str, monkeypatch, tmp_path) -> list[pages.Entry]:
+def _put(source: str, monkeypatch, tmp_path) -> None:
     (tmp_path / "pu_ray").mkdir(exist_ok=True)
     (tmp_path / "pu_ray/new.py").write_text(source)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
+
+
+def _made(source: str, monkeypatch, tmp_path) -> list[pages.Entry]:
+    _put(source, monkeypatch, tmp_path)
     return pages.entries()
 
 
@@ -52,34 +58,101 @@ def test_every_place_that_makes_an_error_is_in_the_catalogue():
     made = set()
     for package in pages.PACKAGES:
         for file in (ROOT / package).rglob("*.py"):
-            if re.search(
-                rf"\b({'|'.join(pages.KINDS)})\(\s*[^):\s]", file.read_text().partition("class PuRayError")[0]
-            ):
+            if re.search(rf"\b({'|'.join(pages.MAKERS)})\(\s*[^):\s]", file.read_text()):
                 made.add(".".join(file.relative_to(ROOT).with_suffix("").parts))
-    assert made - {"pu_ray.errors"} == {entry.module for entry in pages.entries()}
+    assert made == {entry.module for entry in pages.entries()}
 
 
-def test_every_kind_of_error_has_a_section_with_its_code_and_exit_status():
+def test_every_kind_of_error_has_a_section_with_its_exit_status():
     page = (ROOT / "docs/errors.md").read_text()
-    assert {kind.code for kind in errors.PuRayError.__subclasses__()} == set(
+    assert {kind.kind for kind in errors.PuRayError.__subclasses__()} == set(
         re.findall(r"^## (\w+): exit status \d", page, flags=re.MULTILINE)
     )
 
 
+def _slugs(maker: pages.Found) -> list[str]:
+    """The slugs written where an error is made: one, or two where the condition of the message chooses."""
+    slug, problem = maker.keyword("slug"), maker.call.args[0]
+    if isinstance(slug, ast.IfExp) and isinstance(problem, ast.IfExp):
+        assert ast.unparse(slug.test) == ast.unparse(problem.test), _line(maker)
+        written = [slug.body, slug.orelse]
+    else:
+        written = [slug]
+    assert all(isinstance(each, ast.Constant) for each in written), f"{_line(maker)}: a slug is a literal"
+    return [each.value for each in written]
+
+
+def _line(maker: pages.Found) -> str:
+    return f"{maker.module}, line {maker.call.lineno}"
+
+
+def test_every_place_that_makes_an_error_writes_its_slug_out_in_lower_case_with_hyphens():
+    places = {_line(maker): _slugs(maker) for maker in pages.makers()}
+    assert len(places) > 150
+    wrong = [
+        (place, slug)
+        for place, slugs in places.items()
+        for slug in slugs
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug) or len(slug) > 40
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ('DataError("a")', "a slug is a literal"),
+        ('DataError("a", slug=n)', "a slug is a literal"),
+        ('DataError("a", slug=f"b-{n}")', "a slug is a literal"),
+        ('DataError("a", slug="b" if n else "c")', "a slug is a literal"),
+        ('DataError("a" if n else "b", slug="a" if not n else "b")', "line 2"),
+    ],
+)
+def test_a_place_that_does_not_write_its_slug_out_is_found(call, said, monkeypatch, tmp_path):
+    _put(f"def look(n):\n    raise {call}\n", monkeypatch, tmp_path)
+    with pytest.raises(AssertionError, match=said):
+        [_slugs(maker) for maker in pages.makers()]
+
+
+def test_a_code_is_one_mistake_and_a_mistake_has_one_code():
+    wordings, codes = defaultdict(set), defaultdict(set)
+    for entry in pages.entries():
+        wordings[entry.code].add(entry.problem)
+        codes[entry.code.partition("/")[0], entry.problem].add(entry.code)
+    assert {code for code, told in wordings.items() if len(told) > 1} == pages.SAME_MISTAKE
+    assert [found for (_, problem), found in codes.items() if _has_words(problem) and len(found) > 1] == []
+
+
+def _has_words(problem: str) -> bool:
+    return bool(re.search(r"\w", re.sub(r"\{[^}]*\}", "", problem)))
+
+
+def test_every_code_has_one_entry_in_the_catalogue_and_an_anchor():
+    page = (ROOT / "docs/errors.md").read_text()
+    codes = sorted({entry.code for entry in pages.entries()})
+    assert sorted(re.findall(r"^### ([a-z]+/\S+)$", page, flags=re.MULTILINE)) == codes
+    assert sorted(re.findall(r'<a id="([^"]+)">', page)) == sorted(map(pages.anchor_of, codes))
+    assert pages.anchor_of("config/unknown-key") == "config-unknown-key"
+
+
 def test_every_error_says_what_to_do_or_what_is_allowed():
     """Else a person is left with a statement."""
-    helpless = [f"{e.module}: {e.problem}" for e in pages.entries() if e.is_known and not (e.hint or e.allowed)]
+    helpless = {e.code for e in pages.entries() if not (e.hint or e.allowed)} - set(pages.PUT_TOGETHER)
+    # A refused setting says in its message what would be allowed.
+    helpless -= _refused()
     # What stands in these is the system's own reason, with the path; there is nothing to add.
-    assert set(helpless) == {
-        "pu_ray.config: {n} settings are wrong {text}",
-        "pu_ray.serving_commands: the file cannot be written",
-        "pu_ray.serving_commands: the image cannot be read",
-        "pu_ray.serving_commands: the tokens file cannot be written",
-    }
+    assert helpless == {"config/file-not-writable", "config/image-unreadable", "config/tokens-file-not-writable"}
+
+
+def _refused() -> set[str]:
+    makers = [maker for maker in pages.makers() if maker.call.func.id == errors.RefusedSetting.__name__]
+    return {f"config/{slug}" for maker in makers for slug in _slugs(maker)}
 
 
 def test_every_message_that_is_put_together_is_explained():
-    assert {e.module for e in pages.entries() if not e.is_known} == set(pages.ELSEWHERE)
+    wordless = {e.code for e in pages.entries() if not _has_words(e.problem)}
+    partly = {e.code for e in pages.entries() if "{" in e.problem}
+    assert wordless <= set(pages.PUT_TOGETHER) <= wordless | partly
 
 
 def test_every_code_of_an_unusable_image_is_explained():
@@ -89,27 +162,31 @@ def test_every_code_of_an_unusable_image_is_explained():
 def test_a_new_error_enters_the_catalogue_with_its_parts(monkeypatch, tmp_path):
     [entry] = _made(
         'FILE = "a.json"\n\n\ndef look(uri, n):\n'
-        '    raise DataError(f"{FILE} is no {n}", where=uri, allowed="a" if n else "b", hint=None)\n',
+        '    raise DataError(f"{FILE} is no {n}", slug="not-it", where=uri, allowed="a" if n else "b", hint=None)\n',
         monkeypatch,
         tmp_path,
     )
-    assert (entry.kind, entry.problem, entry.module) == ("DataError", "a.json is no {n}", "pu_ray.new")
+    assert (entry.code, entry.problem, entry.module) == ("data/not-it", "a.json is no {n}", "pu_ray.new")
     assert (entry.where, entry.allowed, entry.hint) == (("{uri}",), ("a", "b"), ())
 
 
 def test_a_condition_that_chooses_the_message_chooses_its_hint_too(monkeypatch, tmp_path):
     found = _made(
-        'def look(ok):\n    raise DataError("one" if ok else "two", hint="mend 1" if ok else "mend 2")\n',
+        'def look(ok):\n    raise DataError("one" if ok else "two", slug="a" if ok else "b", '
+        'hint="mend 1" if ok else "mend 2")\n',
         monkeypatch,
         tmp_path,
     )
-    assert [(entry.problem, entry.hint) for entry in found] == [("one", ("mend 1",)), ("two", ("mend 2",))]
+    assert [(entry.code, entry.problem, entry.hint) for entry in found] == [
+        ("data/a", "one", ("mend 1",)),
+        ("data/b", "two", ("mend 2",)),
+    ]
 
 
 def test_a_name_stands_for_what_it_was_given_last(monkeypatch, tmp_path):
     source = (
-        'def look(ok):\n    if ok:\n        hint = "first"\n        return DataError("a", hint=hint)\n'
-        '    hint = "second"\n    return DataError("b", hint=hint)\n'
+        'def look(ok):\n    if ok:\n        hint = "first"\n        return DataError("a", slug="a", hint=hint)\n'
+        '    hint = "second"\n    return DataError("b", slug="b", hint=hint)\n'
     )
     assert [entry.hint for entry in _made(source, monkeypatch, tmp_path)] == [("first",), ("second",)]
 

@@ -118,7 +118,7 @@ def test_a_wrong_key_is_answered_on_stderr_without_a_traceback_and_before_anythi
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error (config): scorer.pior (--set): unknown key\n")
+    assert done.stderr.startswith("error (config/unknown-key): scorer.pior (--set): unknown key\n")
     assert "did you mean 'prior'?" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -131,7 +131,7 @@ def test_missing_data_exits_with_3_and_names_what_is_missing(job_file, tmp_path)
     done = shell("features", job_file)
     assert done.returncode == 3
     assert done.stdout == ""
-    assert done.stderr.startswith(f"error (data): {tmp_path}/lake: the lake holds no images\n")
+    assert done.stderr.startswith(f"error (data/lake-without-images): {tmp_path}/lake: the lake holds no images\n")
     assert "Traceback" not in done.stderr
 
 
@@ -198,16 +198,16 @@ def test_a_job_file_that_is_not_there_is_a_configuration_error(call, tmp_path):
 def test_an_image_that_is_not_there_is_a_configuration_error(call, tmp_path):
     status, out, err = call("predict", str(tmp_path / "absent.png"))
     assert (status, out) == (2, "")
-    assert err.startswith(f"error (config): {tmp_path}/absent.png: the image cannot be read")
+    assert err.startswith(f"error (config/image-unreadable): {tmp_path}/absent.png: the image cannot be read")
 
 
 # -- exit codes --------------------------------------------------------------------------------------------
 
 ENDINGS = [
-    (ConfigError("broken", where="lake.uri", hint="mend it"), 2),
-    (DataError("broken", where="lake.uri", hint="mend it"), 3),
-    (ClusterError("broken", where="lake.uri", hint="mend it"), 4),
-    (GateError("broken", where="lake.uri", hint="mend it"), 5),
+    (ConfigError("broken", slug="it-broke", where="lake.uri", hint="mend it"), 2),
+    (DataError("broken", slug="it-broke", where="lake.uri", hint="mend it"), 3),
+    (ClusterError("broken", slug="it-broke", where="lake.uri", hint="mend it"), 4),
+    (GateError("broken", slug="it-broke", where="lake.uri", hint="mend it"), 5),
 ]
 
 
@@ -223,15 +223,15 @@ def test_each_kind_of_error_has_its_exit_status_and_no_traceback(call, pipeline,
 
 @pytest.mark.parametrize("flag", ["-v", "--verbose"])
 def test_a_traceback_is_shown_to_who_asks_for_it(call, pipeline, job_file, flag):
-    pipeline.outcome = DataError("broken")
+    pipeline.outcome = DataError("broken", slug="it-broke")
     status, _, err = call("run", job_file, flag)
     assert status == 3
     assert err.startswith("Traceback (most recent call last):")
-    assert err.endswith("error (data): broken\n")
+    assert err.endswith("error (data/it-broke): broken\n")
 
 
 def test_verbosity_does_not_outlive_its_command(call, pipeline, job_file):
-    pipeline.outcome = DataError("broken")
+    pipeline.outcome = DataError("broken", slug="it-broke")
     call("run", job_file, "-v")
     assert "Traceback" not in call("run", job_file)[2]
 
@@ -292,8 +292,27 @@ def test_a_fault_of_ours_shows_its_traceback(call, pipeline, job_file):
         call("run", job_file)
 
 
+def _ended_as(told: str) -> tuple[str, str, str, str | None]:
+    error = json.loads(told)["error"]
+    assert list(error) == ["code", "kind", "problem", "where", "allowed", "got", "hint"]
+    return error["code"], error["kind"], error["problem"], error["hint"]
+
+
+def test_what_is_no_error_of_a_kind_is_a_document_too(call, pipeline, job_file, capsys):
+    _, out, err = call("run", job_file, "--json", "--sett", "a=b")
+    assert _ended_as(out)[:2] == ("usage", "usage")
+    assert _ended_as(out)[2] in err
+    pipeline.outcome = KeyboardInterrupt()
+    _, out, _ = call("run", job_file, "--json")
+    assert _ended_as(out)[::3] == ("interrupted", "run the same command again: what is finished is kept")
+    pipeline.outcome = ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError):
+        call("run", job_file, "--json")
+    assert _ended_as(capsys.readouterr().out)[:3] == ("internal", "internal", "ZeroDivisionError: ours")
+
+
 def test_main_leaves_with_the_exit_status(pipeline, job_file):
-    pipeline.outcome = GateError("broken")
+    pipeline.outcome = GateError("broken", slug="it-broke")
     with pytest.raises(SystemExit) as left:
         cli.main(["run", job_file])
     assert left.value.code == 5
@@ -309,7 +328,8 @@ def test_json_errors_are_documents_on_stdout_with_every_part(call, pipeline, job
     assert status == expected
     assert json.loads(out) == {
         "error": {
-            "code": error.code,
+            "code": f"{error.kind}/it-broke",
+            "kind": error.kind,
             "problem": "broken",
             "where": "lake.uri",
             "allowed": None,
@@ -324,7 +344,7 @@ def test_json_errors_of_the_configuration_are_documents_too(call, job_file):
     status, out, _ = call("config", "show", job_file, "--set", "sede=1", "--json")
     assert status == 2
     error = json.loads(out)["error"]
-    assert error["code"] == "config"
+    assert (error["code"], error["kind"]) == ("config/unknown-key", "config")
     assert error["hint"] == "did you mean 'seed'?"
 
 

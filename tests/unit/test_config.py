@@ -289,10 +289,21 @@ def test_a_missing_section_and_a_missing_key_are_named_and_asked_for(tmp_path):
         assert f"{name}: a required key is missing\n  what to do: add {name} to the job file" in message
 
 
+def test_a_refused_combination_has_a_code_of_its_own(job_file):
+    with pytest.raises(ConfigError) as caught:
+        config.load(job_file(), ["selection.rule=oracle"], environment={})
+    assert caught.value.code == "config/oracle-without-truth"
+    assert caught.value.problem == "the oracle needs lake.truth, the true class of every lake image"
+
+
 def test_all_wrong_settings_are_reported_at_once(job_file):
     message = wrong(job_file(), "seed=-1", "lake.format=zip", "scorer.pior=1")
     assert message.startswith("3 settings are wrong\n")
-    for place in ("seed (--set)", "lake.format (--set)", "scorer.pior (--set)"):
+    for place in (
+        "(config/invalid-value) seed (--set)",
+        "(config/invalid-value) lake.format (--set)",
+        "(config/unknown-key) scorer.pior (--set)",
+    ):
         assert f"\n{place}: " in message
 
 

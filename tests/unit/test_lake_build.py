@@ -310,7 +310,7 @@ def test_an_error_leaves_what_was_finished_and_nothing_that_looks_like_data(tmp_
 
     def failing(uri, chunk):
         if chunk.shard.path == "t1.tar":
-            raise DataError("reading failed, again and again", where="t1.tar")
+            raise DataError("reading failed, again and again", slug="storage-failed", where="t1.tar")
         return read_chunk(uri, chunk)
 
     with monkeypatch.context() as patch:
@@ -444,5 +444,5 @@ def test_a_refused_destination_exits_with_3_and_a_wrong_size_with_2(tmp_path, ca
     write_source(tmp_path / "source")
     status, out, err = call("lake", "build", str(tmp_path / "source"), str(tmp_path / "source" / "x"))
     assert (status, out) == (3, "")
-    assert err.startswith("error (data): ")
+    assert err.startswith("error (data/destination-inside-source): ")
     assert call("lake", "build", str(tmp_path / "source"), str(tmp_path / "x"), "--shard-mb", "0")[0] == 2

@@ -219,7 +219,7 @@ def test_a_lake_without_images_exits_with_3_and_a_wrong_kind_with_2(tmp_path, ca
     assert "the lake holds no images" in err
     status, out, err = call("lake", "inspect", str(tmp_path), "--format", "zip")
     assert (status, out) == (2, "")
-    assert err.startswith("error (config): --format: the lake cannot be named so\n")
+    assert err.startswith("error (config/invalid-lake-argument): --format: the lake cannot be named so\n")
     assert "'parquet'" in err
     assert "got: zip" in err
     with pytest.raises(DataError):

@@ -386,7 +386,11 @@ def test_weather_that_outlasts_a_heartbeat_is_noted_and_survived(s3, monkeypatch
     notes: list[str] = []
     with lease.hold(s3, "run", note=notes.append, **QUICK) as held:
         with monkeypatch.context() as patch:
-            patch.setattr(Storage, "read_if_there", lambda *_: (_ for _ in ()).throw(DataError("reading failed")))
+            patch.setattr(
+                Storage,
+                "read_if_there",
+                lambda *_: (_ for _ in ()).throw(DataError("reading failed", slug="storage-failed")),
+            )
             time.sleep(0.6)
         time.sleep(0.5)
         held.check()

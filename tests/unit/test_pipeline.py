@@ -413,17 +413,17 @@ def test_a_wrong_path_names_the_field_what_is_wanted_and_what_is_there(
 
 
 @pytest.mark.parametrize(
-    ("sections", "field"),
+    ("sections", "field", "code"),
     [
-        ({"teacher": {"architecture": "resnet999"}}, "teacher.architecture"),
-        ({"student": {"architecture": "cifar/resnet9-w2"}}, "student.architecture"),
-        ({"teacher": {"stages": ["layer9"]}}, "teacher.stages"),
+        ({"teacher": {"architecture": "resnet999"}}, "teacher.architecture", "config/unknown-network"),
+        ({"student": {"architecture": "cifar/resnet9-w2"}}, "student.architecture", "config/no-such-depth"),
+        ({"teacher": {"stages": ["layer9"]}}, "teacher.stages", "config/no-such-stage"),
     ],
 )
-def test_a_wrong_network_names_the_field(inputs, sections, field):
+def test_a_wrong_network_names_the_field_and_keeps_its_code(inputs, sections, field, code):
     with pytest.raises(ConfigError) as caught:
         pipeline.check_networks(job(inputs, **sections))
-    assert caught.value.where == field
+    assert (caught.value.where, caught.value.code) == (field, code)
     assert caught.value.allowed
 
 

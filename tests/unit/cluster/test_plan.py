@@ -218,6 +218,7 @@ def test_every_refusal_shows_at_once(make_job: MakeJob, tmp_path: Path, table: p
     assert made.stages == ()
     assert made.deadline is None
     assert len(made.refusals) == 3
+    assert made.refusals[0].startswith("(data/lake-without-images) ")
     assert "the lake holds no images" in made.refusals[0]
     assert "labeled.uri" in made.refusals[1]
     assert "there is no residual network of this depth" in made.refusals[2]

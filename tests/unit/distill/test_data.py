@@ -196,7 +196,7 @@ def test_no_more_is_prepared_than_threads_can_hold():
 def test_what_goes_wrong_while_preparing_stops_the_training():
     def broken(step):
         if step == 2:
-            raise DataError("an image is broken")
+            raise DataError("an image is broken", slug="labeled-image-unusable")
         return step
 
     stream = ahead(broken, 0, 5, 1)

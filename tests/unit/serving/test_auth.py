@@ -86,7 +86,7 @@ def test_a_file_that_breaks_changes_nothing(broken: str, monkeypatch: pytest.Mon
 
 def test_a_file_that_cannot_be_read_keeps_the_server_from_starting() -> None:
     def absent() -> bytes:
-        raise DataError("there is no such file", where="file")
+        raise DataError("there is no such file", slug="no-such-file", where="file")
 
     with pytest.raises(DataError):
         auth.Guard([], read=absent)
