@@ -81,7 +81,12 @@ class SessionInfo:
 
 @contextlib.contextmanager
 def ray_session(
-    *, address: str | None, verbose: bool, needed_cpus: float, worker_hook: str | None = None
+    *,
+    address: str | None,
+    verbose: bool,
+    needed_cpus: float,
+    worker_hook: str | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[SessionInfo]:
     """A running Ray for the length of a `with` block.
 
@@ -90,6 +95,7 @@ def ray_session(
         verbose: Let Ray's own logs and its workers' output through to stderr; otherwise errors only.
         needed_cpus: Logical CPUs the pipeline occupies at once; a private Ray offers at least these.
         worker_hook: Import path of a function that every worker of a private Ray calls first.
+        variables: More of a private Ray's environment, where it does not have them.
 
     Raises:
         ClusterError: Ray cannot be started, reached, or refuses the token.
@@ -110,7 +116,8 @@ def ray_session(
         if address is None:
             # These stay for the life of the process, because Ray reads mode and token once per process.
             os.environ.update(private_token(os.environ))
-            stack.enter_context(_variables(local_environment(os.environ)))
+            more = {name: value for name, value in (variables or {}).items() if name not in os.environ}
+            stack.enter_context(_variables(more | local_environment(os.environ)))
             options |= local_options(needed_cpus)
             if worker_hook is not None:
                 options["runtime_env"] = {"worker_process_setup_hook": worker_hook}

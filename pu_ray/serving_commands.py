@@ -24,6 +24,10 @@ _HAPROXY = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
 
+# Ray runs its workers at 15, so that a busy one never starves the node. Here a request waits for them, and HAProxy
+# before them runs at 0: whatever else runs on the machine would come first.
+_PRIORITY = {"RAY_worker_niceness": "0"}
+
 registry_app = typer.Typer(no_args_is_help=True, help="Versions of students, and which of them answers.")
 
 Registry = Annotated[str, typer.Argument(metavar="REGISTRY", help="Folder or URI of the registry.")]
@@ -140,7 +144,10 @@ def serve(
         if not verbose:
             # Ray reports the end of its own controller on stdout, as an error.
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        stack.enter_context(ray_session(address=address, verbose=verbose, needed_cpus=needed, worker_hook=lean.HOOK))
+        session = ray_session(
+            address=address, verbose=verbose, needed_cpus=needed, worker_hook=lean.HOOK, variables=_PRIORITY
+        )
+        stack.enter_context(session)
         # Whoever manages processes says SIGTERM where a person says Ctrl-C. Ray's own handler prints a stack.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         server.run_until_interrupted(

@@ -126,22 +126,33 @@ def test_the_environment_is_as_before_after_a_failed_start(monkeypatch: pytest.M
     assert dict(os.environ) == before
 
 
-def test_a_private_ray_calls_the_hook_in_every_worker_and_a_cluster_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_ray_has_a_hook_and_variables_and_a_cluster_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(session, "_require_listener", lambda address: None)
+    monkeypatch.setenv("PRESENT", "stays")
     asked: list[object] = []
 
     def fail(**options: object) -> None:
-        asked.append(options.get("runtime_env"))
+        asked.append((options.get("runtime_env"), os.environ.get("ABSENT"), os.environ["PRESENT"]))
         raise OSError("seen enough")
 
     monkeypatch.setattr("ray.init", fail)
     for address in (None, "127.0.0.1:6379"):
         with (
             pytest.raises(ClusterError),
-            session.ray_session(address=address, verbose=False, needed_cpus=1, worker_hook="a.function"),
+            session.ray_session(
+                address=address,
+                verbose=False,
+                needed_cpus=1,
+                worker_hook="a.function",
+                variables={"ABSENT": "comes", "PRESENT": "goes"},
+            ),
         ):
             pass
     # Where Ray is somebody else's, the function need not be importable on every node.
-    assert asked == [{"worker_process_setup_hook": "a.function"}, {"env_vars": dict(session.WORKER_ENVIRONMENT)}]
+    assert asked == [
+        ({"worker_process_setup_hook": "a.function"}, "comes", "stays"),
+        ({"env_vars": dict(session.WORKER_ENVIRONMENT)}, None, "stays"),
+    ]
+    assert "ABSENT" not in os.environ
