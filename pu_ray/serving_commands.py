@@ -73,6 +73,9 @@ def serve(
         str,
         typer.Option(help="inside (processes that speak HTTP answer), apart (each version has its own), or auto."),
     ] = "auto",
+    fronts: Annotated[
+        int, typer.Option(help="Processes that speak HTTP and gRPC, where each version has processes of its own.")
+    ] = 1,
     gpus: Annotated[float, typer.Option(help="GPUs per process, or a share of one.")] = 0.0,
     haproxy: Annotated[
         bool,
@@ -111,7 +114,7 @@ def serve(
 
     changes: dict[str, Any] = {"engine": engine, "grpc_port": grpc_port, "replicas": replicas}
     changes |= {"max_replicas": max_replicas or replicas, "tail": tuple(tail or ())}
-    changes |= {"placement": placement, "gpus_per_replica": gpus}
+    changes |= {"placement": placement, "gpus_per_replica": gpus, "fronts": fronts}
     if no_auth:
         changes["authentication"] = "off"
     elif tokens is not None:

@@ -54,7 +54,7 @@ def front_application(served: Plan, settings: ServingSettings) -> serve.Applicat
         ray_actor_options=replica.actor_options(settings) if inside else {"num_cpus": _FRONT_CPUS},
         # It writes a line per request itself.
         logging_config={"enable_access_log": False},
-        **(replica.scaling(settings) if inside else {}),
+        **(replica.scaling(settings) if inside else {"num_replicas": settings.fronts}),
     )
     return as_front(serve.ingress()(Front)).bind(served, settings)
 
@@ -294,8 +294,11 @@ def follow(served: Plan, settings: ServingSettings, on_change: Callable[[str], N
         on_change(f"the registry cannot be followed, what is served stays: {error}")
         return served
     try:
-        handle = serve.get_app_handle(FRONT)
-        reachable = set(handle.applications.remote().result(timeout_s=settings.request_timeout_s))
+        # Of every front: each moves over when it looks next.
+        told = serve.get_app_handle(FRONT).broadcast("applications").results(timeout_s=settings.request_timeout_s)
+        if not told:
+            raise TimeoutError  # none is running at this moment
+        reachable = {name for each in told for name in each}
     except (RayError, RayServeException, DeploymentUnavailableError, TimeoutError) as error:
         # Serve replaces it; what might still be reached stays until it can be asked.
         on_change(f"the front does not answer: {type(error).__name__}")

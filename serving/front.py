@@ -93,12 +93,12 @@ class Front:
     """The ingress.
 
     Args:
-        plan: Who is served at first; every version's application is running.
+        plan: Who is served at first; every version's application is running. A registry is read again.
         settings: Limits and tokens.
     """
 
     def __init__(self, plan: Plan, settings: ServingSettings) -> None:
-        self._plan = plan
+        self._plan = plan = _by_now(plan)
         self._settings = settings
         read = None if settings.tokens_uri is None else _reader(settings.tokens_uri)
         where = settings.tokens_uri or "tokens"
@@ -176,6 +176,17 @@ class Front:
         self._plan = plan
         self._desk.replace(offers, _most_requests(plan, self._settings))
         _log.info("routes changed: %s", "; ".join(f"{name} {offer.route!r}" for name, offer in offers.items()))
+
+
+def _by_now(plan: Plan) -> Plan:
+    """What is to be served: whoever takes a dead front's place was told what there was when the server started."""
+    if plan.registry_uri is None:
+        return plan
+    try:
+        return plan.renewed()
+    except PuRayError as error:
+        _log.warning("the registry cannot be read, what was served at first is served: %s", error)
+        return plan
 
 
 def _offers(plan: Plan, settings: ServingSettings, known: Mapping[str, Offer] | None = None) -> dict[str, Offer]:

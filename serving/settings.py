@@ -30,6 +30,9 @@ class ServingSettings(BaseModel):
         description="inside: the processes that speak HTTP answer themselves; apart: every version has processes of "
         "its own, and one front asks them; auto: inside where one name is served.",
     )
+    fronts: int = Field(
+        default=1, ge=1, description="Processes that speak HTTP and gRPC, where versions have processes of their own."
+    )
     tail: tuple[str, ...] = Field(
         default=(), description="Students that share processes, which open them on demand; * stands for all."
     )

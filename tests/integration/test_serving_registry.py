@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -61,6 +64,16 @@ class Registry:
             return Counter(own.classify(png(1)).version for _ in range(count))
 
 
+def fronts() -> set[int]:
+    """Processes that speak HTTP; their title says who they are."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"ServeReplica:pu-ray:front" in (entry / "cmdline").read_bytes():
+                found.add(int(entry.name))
+    return found
+
+
 @pytest.fixture(scope="module", params=["inside", "apart"])
 def registry(
     request: pytest.FixtureRequest, ray_cluster: object, tmp_path_factory: pytest.TempPathFactory
@@ -73,6 +86,7 @@ def registry(
         grpc_port=free_port(),
         reload_s=0.3,
         placement=request.param,
+        fronts=2,
     )
     url = app.deploy([catalog.uri], settings, port=free_port())
     assert settings.grpc_port is not None
@@ -168,6 +182,24 @@ def test_versions_come_share_and_go_and_no_request_fails(registry: Registry) -> 
     assert min(seen[first], seen[second]) > 20
     assert any("is ready" in told for told in registry.told) == apart
     assert any("has stopped" in told for told in registry.told) == apart
+
+
+def test_a_front_that_takes_a_dead_ones_place_knows_what_is_served_by_now(registry: Registry) -> None:
+    first, second = registry.versions
+    registry.catalog.promote("pets", second)
+    registry.follow_until(lambda: registry.answers(10) == Counter({second: 10}))
+    before = fronts()
+    assert len(before) == (1 if registry.settings.placement == "inside" else 2)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while len(fronts() - before) < len(before):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    # Our client waits until somebody answers; the version that the server was started with must never be heard again.
+    assert registry.answers(20) == Counter({second: 20})
+    registry.catalog.rollback("pets")
+    registry.follow_until(lambda: registry.answers(10) == Counter({first: 10}))
 
 
 def test_a_registry_that_breaks_changes_nothing(registry: Registry) -> None:

@@ -123,6 +123,8 @@ def test_settings_come_from_flags(call: Call, served: SimpleNamespace, tmp_path:
     assert (served.settings.grpc_port, served.settings.replicas, served.settings.max_replicas) == (9000, 2, 5)
     call("serve", "a", "--tokens", "s3://bucket/tokens", "--engine", "onnx-int8")
     assert (served.settings.tokens_uri, served.settings.engine) == ("s3://bucket/tokens", "onnx-int8")
+    call("serve", "a", "--placement", "apart", "--fronts", "3")
+    assert (served.settings.placement, served.settings.fronts) == ("apart", 3)
     call("serve", "a", "--no-auth")
     assert (served.settings.authentication, served.settings.token_digests) == ("off", ())
 
