@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pu_ray.errors import ConfigError
+from pu_ray.usage import HourPrices
 
 PRICES_FILE = Path(__file__).with_name("prices.yaml")
 
@@ -71,6 +72,16 @@ class Prices(Table):
     spot: Spot
     rates: Rates
     assumed_prior: float = Field(gt=0, lt=1)
+
+    def per_hour(self) -> HourPrices:
+        """What a core and a GPU cost that are held for an hour, each as its share of a whole node on demand."""
+        cpu, gpu = self.nodes.cpu, self.nodes.gpu
+        return HourPrices(
+            currency=self.currency,
+            cpu_hour=cpu.price_per_hour / cpu.cpus,
+            gpu_hour=gpu.price_per_hour / gpu.gpus,
+            cores_with_gpu=gpu.cpus / gpu.gpus,
+        )
 
 
 def load(path: Path = PRICES_FILE) -> Prices:

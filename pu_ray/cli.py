@@ -64,15 +64,29 @@ def _quiet_ray_data(verbose: bool) -> None:
     context.enable_progress_bars = verbose
 
 
-def _pipeline(resolved: ResolvedConfig, address: str | None, verbose: bool, quiet: bool) -> Any:
+Prices = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.yaml", help="A table like cluster/prices.yaml: the report has money, now and later."),
+]
+
+
+def _pipeline(
+    resolved: ResolvedConfig, address: str | None, verbose: bool, quiet: bool, prices: Path | None = None
+) -> Any:
     from pu_ray.pipeline import Pipeline
 
-    narrator = Narrator(quiet)
+    per_hour = None
+    if prices is not None:
+        from cluster import prices as table
+
+        per_hour = table.load(prices).per_hour()
+    # Ray's own logs come past the table.
+    narrator = Narrator(quiet, live=not verbose)
 
     def session() -> AbstractContextManager[None]:
         return _session(resolved.job, address, verbose, narrator)
 
-    return Pipeline(resolved.job, narrator, session)
+    return Pipeline(resolved.job, narrator, session, per_hour)
 
 
 # -- the chain ---------------------------------------------------------------------------------------------
@@ -86,11 +100,12 @@ def run(
     verbose: Verbose = False,
     quiet: Quiet = False,
     address: Address = None,
+    prices: Prices = None,
 ) -> None:
     """The whole chain, resumable: run it again and it goes on."""
     State.verbose = verbose
     resolved = _load(job, set_)
-    summary = _pipeline(resolved, address, verbose, quiet).run()
+    summary = _pipeline(resolved, address, verbose, quiet, prices).run()
     if as_json:
         print_json(summary)
     else:
@@ -130,11 +145,11 @@ for _verb, _help in {
 
 
 @app.command()
-def report(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose = False) -> None:
+def report(job: Job, set_: Set = None, as_json: Json = False, verbose: Verbose = False, prices: Prices = None) -> None:
     """Write report.html and summary.json of what is there."""
     State.verbose = verbose
     resolved = _load(job, set_)
-    summary = _pipeline(resolved, None, verbose, quiet=True).report()
+    summary = _pipeline(resolved, None, verbose, quiet=True, prices=prices).report()
     if as_json:
         print_json(summary)
     else:

@@ -91,7 +91,7 @@ def read(uri: str) -> Run:
         ("name", "recipe", "seed", "verdict", "stages_done", "lake_rows", "error_rows", "mined_rows"),
         ("prior", "true_prior", "mined_precision", "mined_recall", "recall_promise"),
         ("teacher_accuracy", "student_accuracy", "gap_to_teacher", "agreement"),
-        ("teacher_parameters", "student_parameters", "controls", "seconds", "images_per_s"),
+        ("teacher_parameters", "student_parameters", "controls", "seconds", "images_per_s", "usage_in_all", "prices"),
     )
     return {
         "run": run.uri,
@@ -173,6 +173,10 @@ def _number(form: str) -> Callable[[Any], str]:
     return lambda value: _NONE if value is None else form.format(value)
 
 
+def _hours(value: float | None) -> str:
+    return _NONE if value is None else page.hours(value)
+
+
 def _text(value: Any) -> str:
     return _NONE if value is None else str(value)
 
@@ -200,6 +204,12 @@ def _get(*path: str) -> Callable[[Run], Any]:
         return value
 
     return get
+
+
+def _money(run: Run) -> str | None:
+    """What the run's own prices make of what it held; currencies differ."""
+    cost = _get("usage_in_all", "cost")(run)
+    return None if cost is None else f"{page.money(cost)} {run['prices']['currency']}"
 
 
 def _union(found: Sequence[Run], name: str) -> list[str]:
@@ -258,6 +268,12 @@ def blocks(found: Sequence[Run]) -> list[Block]:
         for stage in stages
         if stage in _union(found, "images_per_s")
     ]
+    in_all = [
+        ("in all, controls too, s", _get("usage_in_all", "seconds"), _number("{:,.1f}")),
+        ("CPU-hours", _get("usage_in_all", "cpu_hours"), _hours),
+        ("GPU-hours", _get("usage_in_all", "gpu_hours"), _hours),
+        ("money", _money, _text),
+    ]
     sources = [
         (name, _get("sources", name), lambda value: _NONE if value is None else value[:12])
         for name in ("teacher", "labeled", "lake", "test", "truth")
@@ -269,7 +285,11 @@ def blocks(found: Sequence[Run]) -> list[Block]:
         Block("Mining", _rows(found, mining)),
         Block("Teacher and student", _accuracies(found)),
         Block("Size", _rows(found, size), "Milliseconds on one thread of the machine that each run was judged on."),
-        Block("Time", _rows(found, [*time, *rates]), "Of the attempt that finished each stage."),
+        Block(
+            "Time",
+            _rows(found, [*time, *rates, *in_all]),
+            "Of the attempt that finished each stage. Hours are of what Ray had reserved, busy or not.",
+        ),
         Block("Sources", _rows(found, sources), "By their content; the same digits are the same images."),
         Block(
             "Settings that differ",

@@ -89,7 +89,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     }
     if gate is not None:
         counts["spared"] = _spared(target, _spied_share(gate, sample))
-    return publication.publish(target, counts=counts, facts=facts)
+    return publication.publish(target, counts=counts, facts=facts, workers=passed.workers)
 
 
 def _gate(config: JobConfig, storage: Storage) -> embedding.Gate | None:

@@ -31,13 +31,14 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import RayTaskError
 
-from pu_ray import lake, schema
+from pu_ray import lake, ray_watch, schema
 from pu_ray.config import JobConfig, ResourcesConfig
 from pu_ray.errors import ClusterError, PuRayError
 from pu_ray.lake import Shard
 from pu_ray.ledger import DATA_FOLDER, Ledger, ShardEntry
 from pu_ray.progress import Progress
 from pu_ray.storage import Storage, take_weather
+from pu_ray.usage import Workers, larger, take_gpu_peak_bytes, take_peak_bytes
 
 Transform = Callable[[pa.Table], pa.Table]
 
@@ -61,6 +62,8 @@ _RECEIPT = pa.schema(
         pa.field("rows", pa.int64()),
         pa.field("errors", pa.map_(pa.string(), pa.int64())),
         pa.field("retries", pa.map_(pa.string(), pa.int64())),
+        pa.field("peak_bytes", pa.int64()),
+        pa.field("gpu_peak_bytes", pa.int64()),
     ]
 )
 
@@ -92,10 +95,12 @@ class Passed:
         entries: All shards, finished before or now, by path.
         weather: Storage operations that had to be repeated, by reason: those of the driver and of every process that
             wrote.
+        workers: Who did it, the peaks being those of the processes that wrote; None: there was nothing to do.
     """
 
     entries: dict[str, ShardEntry]
     weather: dict[str, int]
+    workers: Workers | None = None
 
     @property
     def rows(self) -> int:
@@ -165,7 +170,8 @@ class _Writer:
             # Also the retries of whatever this process did before it wrote. No actor that keeps count: the one on a
             # node that dies would take the run with it.
             retries = list(take_weather().items())
-            receipts.append((shard, file, size, rows.num_rows, list(errors.items()), retries))
+            peaks = take_peak_bytes(), take_gpu_peak_bytes()
+            receipts.append((shard, file, size, rows.num_rows, list(errors.items()), retries, *peaks))
         return pa.table([list(column) for column in zip(*receipts, strict=True)], schema=_RECEIPT)
 
 
@@ -212,22 +218,27 @@ def run(
     source = _UnitSource(units, prepare)
     keys = {path: shard.key for path, shard in shards.items()}
     writer = _Writer(storage, keys, row_group_rows)
-    dataset = _pipeline(source, len(units), actor, actor_arguments, writer, resources, storage.is_local)
     open_entries = {path: ShardEntry(path, shard.fingerprint) for path, shard in shards.items()}
     sizes: dict[str, int] = {}
     weather: Counter[str] = Counter()
-    for receipt in _receipts(dataset):
-        entry = open_entries[receipt["shard"]]
-        entry.files[receipt["file"]] = receipt["rows"]
-        sizes[receipt["file"]] = receipt["bytes"]
-        weather.update(dict(receipt["retries"]))
-        for code, count in receipt["errors"]:
-            entry.errors[code] = entry.errors.get(code, 0) + count
-        progress.broken(sum(count for _, count in receipt["errors"]))
-        progress.advance(receipt["rows"])
-        if entry.rows == expected[entry.shard]:
-            ledger.commit(shards[entry.shard], entry, sizes)
-            entries[entry.shard] = entry
+    peak: int | None = None
+    gpu_peak: int | None = None
+    with ray_watch.watching(progress, of_actors=actor is not None) as watch:
+        dataset = _pipeline(source, len(units), actor, actor_arguments, writer, resources, storage.is_local)
+        for receipt in _receipts(dataset):
+            entry = open_entries[receipt["shard"]]
+            entry.files[receipt["file"]] = receipt["rows"]
+            sizes[receipt["file"]] = receipt["bytes"]
+            weather.update(dict(receipt["retries"]))
+            peak, gpu_peak = larger(peak, receipt["peak_bytes"]), larger(gpu_peak, receipt["gpu_peak_bytes"])
+            for code, count in receipt["errors"]:
+                entry.errors[code] = entry.errors.get(code, 0) + count
+            progress.broken(sum(count for _, count in receipt["errors"]))
+            progress.advance(receipt["rows"])
+            if entry.rows == expected[entry.shard]:
+                ledger.commit(shards[entry.shard], entry, sizes)
+                entries[entry.shard] = entry
+        workers = watch.seen(peak, gpu_peak)
     unbalanced = [entry for path, entry in open_entries.items() if entry.rows != expected[path]]
     if unbalanced:
         raise ClusterError(
@@ -239,7 +250,7 @@ def run(
             hint="run the same command again: finished shards are kept, these are redone",
         )
     weather.update(take_weather())
-    return Passed(entries, dict(+weather))
+    return Passed(entries, dict(+weather), workers)
 
 
 def _pipeline(
@@ -305,6 +316,7 @@ class _WritingActor:
     """
 
     def __init__(self, open_actor: Callable[[], Transform], writer: _Writer, one_at_a_time: bool) -> None:
+        take_peak_bytes()  # of what this process did for others
         self._transform = open_actor()
         self._writer = writer
         self._turn: contextlib.AbstractContextManager[Any] = (

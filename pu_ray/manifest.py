@@ -17,6 +17,7 @@ import pu_ray
 from pu_ray import config
 from pu_ray.errors import DataError
 from pu_ray.storage import Storage
+from pu_ray.usage import Usage, Workers, take_peak_bytes
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -33,6 +34,7 @@ class Manifest(BaseModel):
         facts: Everything else a reader wants to know; plain JSON.
         files: Size in bytes of every data file, by path inside the artifact.
         seconds: Wall-clock time of the attempt that published it; finished shards of earlier attempts cost it nothing.
+        usage: What that attempt took; None in manifests from before it was recorded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +49,7 @@ class Manifest(BaseModel):
     facts: dict[str, Any] = {}
     files: dict[str, int] = {}
     seconds: float
+    usage: Usage | None = None
     finished_at: str
 
 
@@ -127,14 +130,18 @@ class Publication:
         self._inputs = dict(inputs)
         self._seed = seed
         self._started = time.monotonic()
+        take_peak_bytes()  # of earlier stages
 
-    def publish(self, storage: Storage, *, counts: Mapping[str, int], facts: Mapping[str, Any]) -> Manifest:
+    def publish(
+        self, storage: Storage, *, counts: Mapping[str, int], facts: Mapping[str, Any], workers: Workers | None = None
+    ) -> Manifest:
         """Write the manifest, the last file of the artifact.
 
         Args:
             storage: The artifact's folder; every visible file in it becomes part of the manifest.
             counts: Rows, images, files.
             facts: Plain JSON data.
+            workers: The processes that worked for the stage, if this one did not do everything itself.
         """
         json.dumps(dict(facts), allow_nan=False)  # pydantic would write a NaN as null, and a number would be lost
         files = {file.path: file.size_bytes for file in storage.list_files() if file.path != FILE_NAME}
@@ -147,6 +154,7 @@ class Publication:
             facts=dict(facts),
             files=files,
             seconds=round(time.monotonic() - self._started, 3),
+            usage=Usage(driver_peak_bytes=take_peak_bytes(), workers=workers),
             finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
         storage.write_json(FILE_NAME, manifest.model_dump(mode="json"))

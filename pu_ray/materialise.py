@@ -106,4 +106,5 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         target,
         counts={"rows": chosen.num_rows, "shards": len(shards)},
         facts={"storage_retries": passed.weather},
+        workers=passed.workers,
     )

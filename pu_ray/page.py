@@ -14,6 +14,8 @@ from typing import Any
 
 import jinja2
 
+from pu_ray.board import counted
+
 _TEMPLATES = Path(__file__).parent / "templates"
 
 # Plots use one colour per meaning, and colours that work on a light and on a dark page.
@@ -60,7 +62,15 @@ def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "interval": interval, "size": size}
+    environment.filters |= {
+        "percent": percent,
+        "interval": interval,
+        "size": size,
+        "mib": mib,
+        "hours": hours,
+        "money": money,
+    }
+    environment.globals["counted"] = counted
     return environment.get_template(name)
 
 
@@ -77,6 +87,21 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{count:,} bytes" if unit == "bytes" else f"{value:,.1f} {unit}"
+
+
+def mib(count: int | None) -> str:
+    """Bytes of memory, in MiB; nothing where nothing is known."""
+    return "" if count is None else f"{count / 2**20:,.0f}"
+
+
+def hours(value: float | None) -> str:
+    """Hours of a processor: those of a short stage are not nothing."""
+    return "not known" if value is None else f"{value:,.1f}" if value >= 100 else f"{value:,.4f}" if value else "0"
+
+
+def money(value: float | None) -> str:
+    """An amount in whatever currency."""
+    return "not known" if value is None else "< 0.01" if 0 < value < 0.01 else f"{value:,.2f}" if value else "0"
 
 
 def inline(picture: bytes, kind: str) -> str:

@@ -22,6 +22,7 @@ from pu_ray.errors import ConfigError, DataError
 from pu_ray.manifest import Manifest
 from pu_ray.progress import Narrator
 from pu_ray.storage import Storage, sha256_of
+from pu_ray.usage import HourPrices
 
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
@@ -374,14 +375,18 @@ class Pipeline:
         job: The job.
         narrator: Where progress goes.
         session: Brings up Ray, at most once, and only if a step needs it.
+        prices: What an hour costs, for the report; None: what an earlier report was told.
     """
 
-    def __init__(self, job: JobConfig, narrator: Narrator, session: SessionFactory) -> None:
+    def __init__(
+        self, job: JobConfig, narrator: Narrator, session: SessionFactory, prices: HourPrices | None = None
+    ) -> None:
         self.job = job = with_absolute_paths(job)
         self.storage = Storage(job.output)
         self._steps = steps_of(job)
         self._narrator = narrator
         self._session = session
+        self._prices = prices
         self._sources = Sources(job, lambda files: narrator.say(f"  listing the lake: {files:,} files so far"))
         self._stack = ExitStack()
         self._ray_is_up = False
@@ -406,14 +411,16 @@ class Pipeline:
             if not self._all_current(known):
                 check_networks(self.job)
             verdict: Manifest | None = None
-            for step in self._steps:
-                if step.name == "export":
-                    worked |= self._run_controls()
-                    verdict = manifest.require(self.storage.child("evaluation"), "evaluate")
-                    if not verdict.facts["gate"]["passed"]:
-                        break
-                worked |= self._run_step(step, self.job, self.storage, known)
-            summary = self._report(known)
+            with self._narrator.stages(self._shown()):
+                for step in self._steps:
+                    if step.name == "export":
+                        worked |= self._run_controls()
+                        verdict = manifest.require(self.storage.child("evaluation"), "evaluate")
+                        if not verdict.facts["gate"]["passed"]:
+                            break
+                    worked |= self._run_step(step, self.job, self.storage, known)
+                with self._narrator.stage("report"):
+                    summary = self._report(known)
             assert verdict is not None
             gate.require(verdict, str(self.storage.child("evaluation")))
             if not worked:
@@ -438,8 +445,10 @@ class Pipeline:
             own = {step.name for step in steps}
             for step in steps:
                 self._require_current(verb, [name for name in step.upstream if name not in own], known)
-                if not self._run_step(step, self.job, self.storage, known):
-                    self._narrator.say(f"{step.name}: nothing to do, it is done with the same inputs")
+            with self._narrator.stages([(None, step.name) for step in steps]):
+                for step in steps:
+                    if not self._run_step(step, self.job, self.storage, known):
+                        self._narrator.say(f"{step.name}: nothing to do, it is done with the same inputs")
             return [manifest.require(self.storage.child(step.folder), step.verb) for step in steps]
 
     def audit(self, images: int) -> dict[str, Any]:
@@ -505,6 +514,17 @@ class Pipeline:
     def _all_current(self, known: Known) -> bool:
         return all(manifest.is_current(self.storage.child(step.folder), known[step.name][0]) for step in self._steps)
 
+    def _shown(self) -> list[tuple[str | None, str]]:
+        """What a run has to do, in its order: group, or nothing, and name of each stage."""
+        controls: list[tuple[str | None, str]] = [
+            (f"control {control}", f"{control}: {step.name}")
+            for control in self.job.evaluation.controls
+            for step in self._steps
+            if step.name in _CONTROL_STEPS
+        ]
+        before = [(None, step.name) for step in self._steps if step.name != "export"]
+        return [*before, *controls, (None, "export"), (None, "report")]
+
     def _run_step(
         self,
         step: Step,
@@ -515,7 +535,9 @@ class Pipeline:
     ) -> bool:
         """Run a step unless its artifact is current; says whether it ran."""
         identity, inputs = known[step.name]
+        name = f"{label}{step.name}"
         if manifest.is_current(storage.child(step.folder), identity):
+            self._narrator.done_before(name)
             return False
         if step.name == "export":
             # Before anything is touched: an earlier, better student stays exported.
@@ -526,13 +548,12 @@ class Pipeline:
             self._narrator.say("starting Ray")
             self._stack.enter_context(self._session())
             self._ray_is_up = True
-        name = f"{label}{step.name}"
         with self._narrator.stage(name) as progress:
             # Until the new result is complete, the old manifest must not vouch for a mixture.
             storage.child(step.folder).delete(manifest.FILE_NAME)
             run: Callable[..., Manifest] = importlib.import_module(step.module).run
             published = run(job, storage, inputs, identity, progress)
-        self._narrator.say(f"{name:<12} {_in_words(published)}")
+        self._narrator.done(name, published.seconds, published.counts)
         return True
 
     def _control(self, control: str) -> tuple[JobConfig, Storage, Known]:
@@ -575,14 +596,18 @@ class Pipeline:
         controls = self._finished_controls() if "select" in current else {}
         audited = manifest.read(self.storage.child("audit"))
         audit = [audited.identity, audited.finished_at] if audited else None
-        identity = settings_of.digest({"steps": state, "controls": controls, "audit": audit})
-        if self.storage.kind(SUMMARY_FILE) == "file" and self.storage.kind(REPORT_FILE) == "file":
-            present: dict[str, Any] = self.storage.read_json(SUMMARY_FILE)
-            if present.get("identity") == identity and {"written", "settings"} <= set(present):
-                return present
+        present: dict[str, Any] = (
+            self.storage.read_json(SUMMARY_FILE) if self.storage.kind(SUMMARY_FILE) == "file" else {}
+        )
+        prices = self._prices or _prices_of(present)
+        priced = prices and prices.model_dump()
+        identity = settings_of.digest({"steps": state, "controls": controls, "audit": audit, "prices": priced})
+        complete = {"written", "settings", "usage"} <= set(present) and self.storage.kind(REPORT_FILE) == "file"
+        if complete and present.get("identity") == identity:
+            return present
         evaluation = self.job.evaluation.model_copy(update={"controls": tuple(controls)})
         job = self.job.model_copy(update={"evaluation": evaluation})
-        summary = report.summarise(job, self.storage, current, len(self._steps))
+        summary = report.summarise(job, self.storage, current, len(self._steps), prices)
         summary |= {"settings": _settings(self.job), "identity": identity}
         self.storage.write_bytes(REPORT_FILE, report.render(self.job, self.storage, summary).encode())
         self.storage.write_json(SUMMARY_FILE, summary)
@@ -679,6 +704,6 @@ def _settings(job: JobConfig) -> dict[str, Any]:
     return {path: value for path, value, _ in values if not path.startswith("tracking.")}
 
 
-def _in_words(published: Manifest) -> str:
-    counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in published.counts.items())
-    return f"{published.seconds:6.1f} s  {counts}"
+def _prices_of(summary: Mapping[str, Any]) -> HourPrices | None:
+    """What an earlier report was told, so that one made by another command does not lose its money."""
+    return HourPrices.model_validate(summary["prices"]) if summary.get("prices") else None

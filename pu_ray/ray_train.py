@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from pu_ray.config import Precision, TrainResources
 from pu_ray.errors import ClusterError, PuRayError
 from pu_ray.progress import Progress
 from pu_ray.storage import Storage, storage_for_ray
+from pu_ray.usage import Meter, Workers, larger, take_gpu_peak_bytes, take_peak_bytes
 
 FOLDER = "_train"  # Ray Train's own, below the artifact's folder; hidden from listings
 _CHECKPOINT_FILE = "checkpoint.pt"
 _POLL_S = 0.5
+_LAST_WORD_S = 5.0
 # A short spin between operators: passive waiting alone costs a third of the throughput of two threads, and endless
 # spinning stalls a busy machine (docs/LOG.md).
 _WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "100000"}
@@ -63,17 +65,45 @@ def alone(progress: Progress, precision: Precision = "auto") -> Worker:
     return Worker(0, 1, device, precision, None, lambda _figures, _checkpoint: None, progress.advance, lambda: False)
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What the workers have said so far.
+
+    Attributes:
+        images: Seen by all of them together.
+        world: How many there are; 0: none yet.
+        peak_bytes: Most resident memory of one of them.
+        gpu_peak_bytes: Most GPU memory of one of them.
+    """
+
+    images: int = 0
+    world: int = 0
+    peak_bytes: int | None = None
+    gpu_peak_bytes: int | None = None
+
+
 class _Counter:
-    """Counts images for the driver to show."""
+    """Keeps what the workers say, for the driver to show."""
 
     def __init__(self) -> None:
-        self._images = 0
+        self._told = _Told()
+
+    def begin(self, world: int) -> None:
+        self._told = replace(self._told, world=world)
 
     def add(self, images: int) -> None:
-        self._images += images
+        self._told = replace(self._told, images=self._told.images + images)
 
-    def images(self) -> int:
-        return self._images
+    def peaks(self, peak_bytes: int | None, gpu_peak_bytes: int | None) -> None:
+        told = self._told
+        self._told = replace(
+            told,
+            peak_bytes=larger(told.peak_bytes, peak_bytes),
+            gpu_peak_bytes=larger(told.gpu_peak_bytes, gpu_peak_bytes),
+        )
+
+    def told(self) -> _Told:
+        return self._told
 
 
 def _report(figures: dict[str, float], checkpoint: Content) -> None:
@@ -99,6 +129,7 @@ def _work(arguments: dict[str, Any]) -> None:
     import ray.train.torch
 
     context = ray.train.get_context()
+    take_peak_bytes()  # of what this process did for others
     torch.set_num_threads(arguments["threads"])
     saved: bytes | None = None
     if (latest := ray.train.get_checkpoint()) is not None:
@@ -106,6 +137,13 @@ def _work(arguments: dict[str, Any]) -> None:
             saved = (Path(folder) / _CHECKPOINT_FILE).read_bytes()
     counter = arguments["counter"]
     first = context.get_world_rank() == 0
+    if first:
+        counter.begin.remote(context.get_world_size())
+
+    def report(figures: dict[str, float], checkpoint: Content) -> None:
+        _report(figures, checkpoint)
+        counter.peaks.remote(take_peak_bytes(), take_gpu_peak_bytes())
+
     arguments["loop"](
         Worker(
             rank=context.get_world_rank(),
@@ -113,11 +151,13 @@ def _work(arguments: dict[str, Any]) -> None:
             device=ray.train.torch.get_device(),
             precision=arguments["precision"],
             checkpoint=saved,
-            report=_report,
+            report=report,
             count_images=lambda images: counter.add.remote(images) if first else None,
             leaving=lambda: ray.train.get_preemption_info() is not None,
         )
     )
+    # Without waiting it would go with the process; waited for, but never failing a training that is done.
+    ray.wait([counter.peaks.remote(take_peak_bytes(), take_gpu_peak_bytes())], timeout=_LAST_WORD_S)
 
 
 def run(
@@ -129,7 +169,7 @@ def run(
     resources: TrainResources,
     max_failures: int,
     progress: Progress,
-) -> None:
+) -> Workers:
     """Train, and forget the checkpoints.
 
     Args:
@@ -140,6 +180,9 @@ def run(
         resources: Of one worker.
         max_failures: Losses of workers that a restart may mend.
         progress: Advanced by images.
+
+    Returns:
+        What the workers took.
 
     Raises:
         DataError: Raised by a worker.
@@ -180,19 +223,25 @@ def run(
             worker_runtime_env={"env_vars": dict(_WORKER_ENVIRONMENT)},  # type: ignore[call-arg]  # V2 has it
         ),
     )
-    with _watching(counter, progress):
+    watching = _watching(counter, progress, resources)
+    with watching:
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _reason(error) from error
+    return watching.seen()
 
 
 class _watching:
-    """Forwards the counter to the progress bar while the trainer blocks the driver."""
+    """Forwards what the workers say to the progress while the trainer blocks the driver."""
 
-    def __init__(self, counter: Any, progress: Progress) -> None:
+    def __init__(self, counter: Any, progress: Progress, resources: TrainResources) -> None:
         self._counter = counter
         self._progress = progress
+        self._resources = resources
+        self._meter = Meter()
+        self._told = _Told()
+        self._most = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -203,14 +252,38 @@ class _watching:
         self._stop.set()
         self._thread.join()
 
+    def seen(self) -> Workers:
+        """What the workers took; a group that was lost counts until the next one has begun."""
+        cpu_hours, gpu_hours = self._meter.hours()
+        return Workers(
+            unit="workers",
+            most=self._most or None,
+            peak_bytes=self._told.peak_bytes,
+            gpu_peak_bytes=self._told.gpu_peak_bytes,
+            cpu_hours=round(cpu_hours, 6) if self._most else None,
+            gpu_hours=round(gpu_hours, 6) if self._most else None,
+        )
+
     def _poll(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._stop.wait(_POLL_S)  # once more after the end, for the workers' last words
+            self._ask()
+        self._meter.hold(0, 0)
+
+    def _ask(self) -> None:
         import ray
 
-        shown = 0
-        while not self._stop.wait(_POLL_S):
-            images = ray.get(self._counter.images.remote())
-            self._progress.advance(images - shown)
-            shown = images
+        try:
+            told: _Told = ray.get(self._counter.told.remote(), timeout=_LAST_WORD_S)
+        except ray.exceptions.RayError:
+            return  # figures for people: it is the trainer that says what a lost node means
+        if told.world != self._told.world:
+            self._progress.workers(told.world, "workers")
+            self._most = max(self._most, told.world)
+            self._meter.hold(told.world * self._resources.cpus, told.world * self._resources.gpus)
+        self._progress.advance(told.images - self._told.images)
+        self._told = told
 
 
 def _reason(error: BaseException) -> PuRayError:

@@ -6,9 +6,10 @@ The page is one file without external requests: pictures and plots are inlined.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,6 +18,7 @@ from pu_ray import manifest, page, report_curves, report_plots, report_sheets
 from pu_ray.config import JobConfig
 from pu_ray.manifest import Manifest
 from pu_ray.storage import Storage
+from pu_ray.usage import HourPrices, larger
 
 # Whose manifests the lineage shows, in the order of their making.
 _ARTIFACTS = (
@@ -49,7 +51,9 @@ _SCRIPT = "report.js.j2"
 # -- summary.json ------------------------------------------------------------------------------------------
 
 
-def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], stages: int) -> dict[str, Any]:
+def summarise(
+    job: JobConfig, storage: Storage, done: Mapping[str, Manifest], stages: int, prices: HourPrices | None = None
+) -> dict[str, Any]:
     """The numbers of a run, as far as it has come (DESIGN, section 4).
 
     Args:
@@ -57,6 +61,7 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
         storage: Its output.
         done: Manifests of the finished stages, by name.
         stages: How many there are in all.
+        prices: What an hour costs; None: money is not spoken of.
     """
     summary: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "seed": job.seed, "stages_done": list(done)}
     # Without a feature cache only the scores know the whole lake.
@@ -121,14 +126,17 @@ def summarise(job: JobConfig, storage: Storage, done: Mapping[str, Manifest], st
         summary["learning"] = storage.child("student").read_json("history.json")
     if exported := done.get("export"):
         summary["formats"] = exported.facts.get("formats", {})
-    summary["controls"] = _controls(job, storage)
+    summary["controls"] = _controls(job, storage, prices)
     summary["seconds"] = {name: document.seconds for name, document in done.items()}
     summary["images_per_s"] = {
         name: round(images_done / done[name].seconds, 1)
         for name, images_done in _images_done(done).items()
         if images_done and done[name].seconds > 0
     }
-    summary["seconds_in_all"] = round(sum(document.seconds for document in done.values()), 3)
+    summary["usage"] = {name: _used([document], prices) for name, document in done.items()}
+    parts = [*summary["usage"].values(), *(control["usage"] for control in summary["controls"].values())]
+    summary["usage_in_all"] = _added(parts)
+    summary["prices"] = prices and prices.model_dump()
     summary["written"] = {
         name: {"files": len(document.files), "bytes": sum(document.files.values())} for name, document in done.items()
     }
@@ -161,16 +169,54 @@ def _images_done(done: Mapping[str, Manifest]) -> dict[str, int]:
     return {name: done[name].counts[key] for name, key in keys.items() if name in done}
 
 
-def _controls(job: JobConfig, storage: Storage) -> dict[str, Any]:
+def _used(documents: Sequence[Manifest], prices: HourPrices | None) -> dict[str, Any]:
+    """What stages took together; None for what is not known of one of them, and for what no worker did."""
+    return _added([_used_by(document, prices) for document in documents])
+
+
+def _used_by(document: Manifest, prices: HourPrices | None) -> dict[str, Any]:
+    usage = document.usage
+    workers = usage.workers if usage is not None else None
+    alone = usage is not None and workers is None
+    used: dict[str, Any] = {
+        "seconds": document.seconds,
+        "driver_peak_bytes": usage.driver_peak_bytes if usage is not None else None,
+        "unit": workers.unit if workers is not None else None,
+        "most": 0 if alone else workers.most if workers is not None else None,
+        "worker_peak_bytes": workers.peak_bytes if workers is not None else None,
+        "gpu_peak_bytes": workers.gpu_peak_bytes if workers is not None else None,
+        "cpu_hours": 0.0 if alone else workers.cpu_hours if workers is not None else None,
+        "gpu_hours": 0.0 if alone else workers.gpu_hours if workers is not None else None,
+    }
+    known = used["cpu_hours"] is not None and used["gpu_hours"] is not None
+    used["cost"] = prices.cost(used["cpu_hours"], used["gpu_hours"]) if prices is not None and known else None
+    return used
+
+
+def _added(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums of what adds up, the highest of the peaks; a sum is not known if a part of it is not."""
+    units = {part["unit"] for part in parts if part["unit"] is not None}
+    added: dict[str, Any] = {"unit": units.pop() if len(units) == 1 else None}
+    for name in ("driver_peak_bytes", "most", "worker_peak_bytes", "gpu_peak_bytes"):
+        added[name] = functools.reduce(larger, (part[name] for part in parts), None)
+    for name in ("seconds", "cpu_hours", "gpu_hours", "cost"):
+        values = [part[name] for part in parts]
+        added[name] = None if None in values else round(sum(values), 6)
+    return added
+
+
+def _controls(job: JobConfig, storage: Storage, prices: HourPrices | None) -> dict[str, Any]:
     controls: dict[str, Any] = {}
     for name in job.evaluation.controls:
         folder = storage.child(f"controls/{name}")
+        folders = [folder.child(artifact) for artifact in _ARTIFACTS]
         evaluated, selected = manifest.read(folder.child("evaluation")), manifest.read(folder.child("selection"))
         if evaluated is not None and selected is not None:
             controls[name] = {
                 "mined_rows": selected.counts["selected"],
                 "student_accuracy": evaluated.facts["student_accuracy"],
                 "gap_to_teacher": evaluated.facts["gap_to_teacher"],
+                "usage": _used([each for each in map(manifest.read, folders) if each is not None], prices),
                 **(
                     {"mined_precision": evaluated.facts["mined_precision"]}
                     if "mined_precision" in evaluated.facts

@@ -288,4 +288,5 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             "rows_done_now": passed.rows_of(todo),
         },
         facts={"errors": dict(errors), "storage_retries": passed.weather},
+        workers=passed.workers,
     )

@@ -156,7 +156,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     steps = loop.total_steps(config.distill, count)
     progress.start(steps * config.distill.batch_size, "images")
     target = storage.child(FOLDER)
-    ray_train.run(
+    workers = ray_train.run(
         partial(_train, config, storage),
         identity=identity,
         target=target,
@@ -185,6 +185,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             "parameters": models.parameter_count(student),
         },
         facts=facts,
+        workers=workers,
     )
 
 

@@ -174,4 +174,5 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
         target,
         counts={"images": passed.rows, "crops": passed.rows * config.distill.crops},
         facts={"kept_classes": answers.kept_classes(len(classes)), "storage_retries": passed.weather},
+        workers=passed.workers,
     )

@@ -42,6 +42,9 @@ class _Counting:
     def broken(self, count: int) -> None:
         """The sample holds usable images only."""
 
+    def workers(self, count: int, unit: str) -> None:
+        """The driver knows."""
+
 
 def train(config: JobConfig, storage: Storage, prior: float, worker: Worker) -> None:
     """Train one worker's share and, on rank 0, keep the result."""

@@ -33,6 +33,7 @@ from pu_ray.pu.choice import ClassMix
 from pu_ray.pu.prior import Fold, Prior, pooled_prior
 from pu_ray.pu.training import ROLES, Fitted, Streams, assign_roles, scores_of, streams_of
 from pu_ray.storage import Storage
+from pu_ray.usage import Workers
 
 _BOOTSTRAP_RESAMPLES = 200
 
@@ -80,10 +81,11 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     target = storage.child("scorer")
     calibrate = torch.tensor([role == "calibrate" for role in roles])
     candidates: dict[str, float] = {}
+    workers: Workers | None = None
     kind: str
     if settings.features == "finetuned":
         kind = "nnpu" if settings.kind == "auto" else settings.kind
-        fitted = _finetune(config, storage, kind, prior, identity, progress)
+        fitted, workers = _finetune(config, storage, kind, prior, identity, progress)
         held_out_pixels = torch.from_numpy(sample.lake_pixels(config, drawn.slice(drawn.num_rows // 2)))
         calibration = scores_of(fitted.module, torch.from_numpy(_pixels(config, labeled))[calibrate])
         held_out = scores_of(fitted.module, held_out_pixels)
@@ -114,6 +116,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
             "curve": fitted.curve,
             "classes": classes,
         },
+        workers=workers,
     )
 
 
@@ -180,12 +183,12 @@ def _passed_gate(config: JobConfig, storage: Storage, labeled: LabeledImages) ->
 
 def _finetune(
     config: JobConfig, storage: Storage, kind: str, prior: Prior, identity: str, progress: Progress
-) -> Fitted:
+) -> tuple[Fitted, Workers]:
     settings = config.scorer.model_copy(update={"kind": kind})
     job = config.model_copy(update={"scorer": settings})
     target = storage.child("scorer")
     progress.start(settings.epochs * settings.unlabeled_sample // 2, "unlabeled images")
-    ray_train.run(
+    workers = ray_train.run(
         partial(finetune.train, job, storage, prior.estimate),
         identity=identity,
         target=target,
@@ -195,7 +198,7 @@ def _finetune(
         progress=progress,
     )
     target.delete(ray_train.FOLDER)
-    return finetune.result(job, storage)
+    return finetune.result(job, storage), workers
 
 
 def _prior(

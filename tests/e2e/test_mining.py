@@ -74,6 +74,23 @@ def test_scores_from_images_are_those_from_features(task: Path, cached: Path, tm
     assert len(common) > 0.98 * len(selected(cached) | selected(tmp_path))
 
 
+def test_a_pass_says_what_it_held_and_how_much_memory_it_took(cached: Path) -> None:
+    for folder in ("features", "scores"):
+        made = manifest.read(Storage(str(cached / "run" / folder)))
+        assert made is not None
+        assert made.usage is not None
+        assert made.usage.workers is not None
+        workers = made.usage.workers
+        # What is read of Ray Data's executor is not public: this is what tells of a version that has it elsewhere.
+        assert (workers.unit, workers.gpu_hours) == ("actors", 0)
+        assert workers.most is not None
+        assert 1 <= workers.most <= 2
+        assert workers.cpu_hours is not None
+        assert 0 < workers.cpu_hours * 3600 <= 10 * made.seconds
+        assert workers.peak_bytes is not None
+        assert 2**26 < workers.peak_bytes < 2**32
+
+
 # A Ray of its own with a GPU that is only a number: scheduling does not ask what it is.
 WITH_A_GPU = """
 import sys

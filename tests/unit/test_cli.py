@@ -511,3 +511,27 @@ def test_the_demo_is_built_as_asked(call, monkeypatch, tmp_path):
     status, out, err = call("demo", target)
     assert (status, out) == (0, "")
     assert "lake rows 21,000" in err
+
+
+@pytest.mark.parametrize("verb", ["run", "report"])
+def test_prices_go_from_their_table_to_the_pipeline(call, job_file, monkeypatch, verb):
+    given = []
+
+    class Told(FakePipeline):
+        outcome = SUMMARY
+
+        def __init__(self, job, narrator, session, prices):
+            given.append(prices)
+
+    monkeypatch.setattr("pu_ray.pipeline.Pipeline", Told)
+    assert call(verb, job_file)[0] == 0
+    assert call(verb, job_file, "--prices", str(ROOT / "cluster/prices.yaml"))[0] == 0
+    none, some = given
+    assert none is None
+    assert (some.currency, some.cpu_hour, some.gpu_hour) == ("USD", 0.5 / 16, 1.0)
+
+
+def test_a_price_table_that_is_not_there_stops_a_run_before_it_starts(call, job_file):
+    status, _, said = call("run", job_file, "--prices", "absent.yaml")
+    assert status == 2
+    assert "the price table cannot be read" in said

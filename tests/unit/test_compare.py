@@ -250,3 +250,18 @@ def test_runs_on_s3_are_compared(tmp_path, s3_bucket):
     for file in Storage(here["run"]).list_files():
         remote.write_bytes(file.path, Storage(here["run"]).read_bytes(file.path))
     assert compare.read(remote.uri) == here | {"run": remote.uri}
+
+
+def test_what_the_runs_took_in_all_stands_beside_each_other(tmp_path):
+    took = {"seconds": 100.5, "cpu_hours": 12.5, "gpu_hours": 0.25, "cost": 3.125}
+    prices = {"currency": "EUR"}
+    with_money = make(tmp_path / "one", usage_in_all=took, prices=prices)
+    without = make(tmp_path / "two", usage_in_all={**took, "cpu_hours": None, "cost": None}, prices=None)
+    old = make(tmp_path / "three")
+    rows = {
+        name: cells for block in compare.blocks(compare.runs([with_money, without, old])) for name, cells in block.rows
+    }
+    assert rows["in all, controls too, s"] == ("100.5", "100.5", "-")
+    assert rows["CPU-hours"] == ("12.5000", "-", "-")
+    assert rows["GPU-hours"] == ("0.2500", "0.2500", "-")
+    assert rows["money"] == ("3.12 EUR", "-", "-")

@@ -11,6 +11,7 @@ from pu_ray import manifest
 from pu_ray.errors import DataError
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.storage import Storage
+from pu_ray.usage import Workers
 
 SETTINGS = {"epochs": 3, "loss": {"kind": "sigmoid"}}
 INPUTS = {"features": "abc", "teacher": "def"}
@@ -182,3 +183,28 @@ def test_a_manifest_cannot_be_changed_and_is_plain_json(folder):
     with pytest.raises(ValueError, match="frozen"):
         document.stage = "other"
     assert json.loads(folder.read_bytes("manifest.json")) == document.model_dump(mode="json")
+
+
+# -- what it took ------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_says_what_its_attempt_took(folder):
+    workers = Workers(unit="actors", most=2, peak_bytes=5, cpu_hours=0.5, gpu_hours=0.0)
+    publication = Publication("fit", "wanted", INPUTS, 7)
+    made = publication.publish(folder, counts={}, facts={}, workers=workers)
+    assert made.usage is not None
+    assert made.usage.workers == workers
+    assert made.usage.driver_peak_bytes is None or made.usage.driver_peak_bytes > 2**20
+    assert manifest.read(folder) == made
+    assert manifest.is_current(folder, "wanted")
+
+
+def test_a_manifest_from_before_usage_was_recorded_is_as_good(folder):
+    published(folder)
+    document = folder.read_json("manifest.json")
+    del document["usage"]
+    folder.write_json("manifest.json", document)
+    old = manifest.read(folder)
+    assert old is not None
+    assert old.usage is None
+    assert manifest.is_current(folder, "wanted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from artifacts import COUNTS, FACTS, job, png, settings
+from rich.console import Console
 
 from pu_ray import config, lease, manifest, pipeline, report
 from pu_ray.config import JobConfig
@@ -19,6 +21,7 @@ from pu_ray.manifest import Publication
 from pu_ray.pipeline import STEPS, Pipeline
 from pu_ray.progress import Narrator
 from pu_ray.storage import Storage
+from pu_ray.usage import HourPrices
 
 # A job without a cascade has no such step, and one whose teacher answers in the loop stores no answers.
 ALL = [step.name for step in STEPS if step.only_if is None]
@@ -708,6 +711,80 @@ def test_a_wrong_path_stops_a_run_with_the_name_of_its_field(world, verb, sectio
     with pytest.raises(ConfigError) as caught:
         made.run() if verb is None else made.run_verb(verb)
     assert caught.value.where == field
+
+
+# -- what is shown, and what it took -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(world, monkeypatch) -> io.StringIO:
+    """A terminal that a test can read."""
+    screen = io.StringIO()
+    narrator = Narrator()
+    narrator._console = Console(file=screen, force_terminal=True, width=120, height=60, color_system=None)
+    monkeypatch.setattr(world, "pipeline", lambda **sections: _on(narrator, world, **sections))
+    return screen
+
+
+def _on(narrator, world, **sections):
+    world.ran.clear()
+    return Pipeline(job(world.root, **sections), narrator, world.session)
+
+
+def states(screen: io.StringIO) -> dict[str, str]:
+    """The last thing on the screen: how each stage stands."""
+    last = screen.getvalue()[screen.getvalue().rindex("features  ") :]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in last.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) > 1}
+
+
+def test_a_terminal_shows_every_stage_controls_and_the_report(world, terminal):
+    world.run(evaluation={"controls": ["random"]})
+    names = [*ALL[:-1], "control random", "export", "report"]
+    assert states(terminal) == dict.fromkeys(names, "done")
+    terminal.truncate(0)
+    world.run(evaluation={"controls": ["random"]}, export={"opset": 19})
+    expected = dict.fromkeys(names, "done before") | {"export": "done", "report": "done"}
+    assert states(terminal) == expected
+
+
+def test_a_terminal_shows_where_a_run_was_stopped(world, terminal):
+    world.fail_in = "score"
+    with pytest.raises(KeyboardInterrupt):
+        world.run()
+    found = states(terminal)
+    assert [found[name] for name in ("features", "fit", "score", "select", "report")] == [
+        "done",
+        "done",
+        "stopped",
+        "not run",
+        "not run",
+    ]
+
+
+def test_a_verb_shows_its_own_stages(world, terminal):
+    world.run()
+    terminal.truncate(0)
+    world.pipeline(selection={"budget": 5}).run_verb("select")
+    last = terminal.getvalue()[terminal.getvalue().rindex("select  ") :]
+    assert [line.split()[0] for line in last.splitlines() if "done" in line] == ["select", "materialise"]
+    assert "features" not in last
+
+
+PRICES = HourPrices(currency="EUR", cpu_hour=0.25, gpu_hour=3.0, cores_with_gpu=8.0)
+
+
+def test_prices_are_remembered_by_later_reports_until_there_are_others(world):
+    assert world.run()[1]["prices"] is None
+
+    def report(prices):
+        return Pipeline(job(world.root), Narrator(quiet=True), world.session, prices).report()["prices"]
+
+    assert report(PRICES) == PRICES.model_dump()
+    assert report(None) == PRICES.model_dump()
+    assert world.run()[1]["prices"] == PRICES.model_dump()
+    other = PRICES.model_copy(update={"cpu_hour": 1.0})
+    assert report(other) == other.model_dump()
 
 
 # -- one run at a time -------------------------------------------------------------------------------------

@@ -119,58 +119,93 @@ def test_odd_counts_break_nothing(capsys, clock, total, counts):
     assert "-" not in line
 
 
-# -- bars, where somebody has one --------------------------------------------------------------------------
+def test_a_line_says_how_many_work_at_it_where_that_is_known(capsys, clock):
+    with Narrator().stage("distill") as counter:
+        counter.start(1000, "images")
+        counter.workers(1, "workers")
+        clock.now += 100
+        counter.advance(0)
+        counter.workers(12, "workers")
+        counter.broken(3)
+        clock.now += 100
+        counter.advance(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "  distill: 100 s, nothing done yet of 1,000 images, 1 worker",
+        "  distill: 100 of 1,000 images, 0/s, 1,800 s left, 12 workers, 3 broken",
+    ]
+
+
+def test_stages_are_lines_too_where_nobody_has_a_terminal(capsys):
+    narrator = Narrator()
+    with narrator.stages([(None, "features"), (None, "fit")]):
+        narrator.done_before("features")
+        with narrator.stage("fit"):
+            pass
+        narrator.done("fit", 12.34, {"labeled_train": 1200})
+    assert capsys.readouterr().err == "fit            12.3 s  labeled train 1,200\n"
+
+
+# -- a table, where somebody has one -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def terminal() -> tuple[Narrator, io.StringIO]:
     """A narrator on a terminal that a test can read."""
     narrator, screen = Narrator(), io.StringIO()
-    narrator._console = Console(file=screen, force_terminal=True, width=120, highlight=False)
+    narrator._console = Console(
+        file=screen, force_terminal=True, width=120, height=40, highlight=False, color_system=None
+    )
     return narrator, screen
 
 
-def test_a_terminal_shows_a_bar_with_count_unit_and_rate(terminal):
+def test_a_terminal_shows_the_stages_and_what_is_said_above_them(terminal):
     narrator, screen = terminal
-    with narrator.stage("features") as counter:
-        counter.start(40, "images")
-        counter.advance(10)
-        counter.advance(5)
-        (task,) = counter._bars.tasks
-        assert (task.total, task.completed) == (40, 15)
-        assert task.fields["unit"] == "images"
-        assert task.fields["rate"].endswith("/s")
-        counter.broken(2)
-        counter.note("in passing")
-        counter._bars.refresh()
-    assert "15/40" in screen.getvalue()
-    assert "2 broken" in screen.getvalue()
-    assert "in passing" in screen.getvalue()
-
-
-def test_a_bar_that_starts_anew_is_empty_again(terminal):
-    narrator, _ = terminal
-    with narrator.stage("fit") as counter:
-        counter.start(40, "images")
-        counter.advance(10)
-        counter.start(7, "steps")
-        (task,) = counter._bars.tasks
-        assert (task.total, task.completed, task.fields["unit"]) == (7, 0, "steps")
-
-
-def test_a_bar_is_taken_down_when_the_stage_fails(terminal):
-    narrator, _ = terminal
-    bars = []
-
-    def fail():
+    with narrator.stages([(None, "features"), (None, "fit"), (None, "score")]):
+        narrator.done_before("features")
         with narrator.stage("fit") as counter:
-            bars.append(counter._bars)
-            assert bars[0].live.is_started
-            raise RuntimeError("broken")
+            counter.note("in passing")
+        narrator.done("fit", 12.34, {"labeled_train": 1200})
+    last = screen.getvalue().split("in passing\n")[1]
+    shown = last[last.rindex("features") :]
+    for words in ("done before", "done", "12 s", "labeled train 1,200", "not run"):
+        assert words in shown
 
-    with pytest.raises(RuntimeError, match="broken"):
-        fail()
-    assert not bars[0].live.is_started
+
+def test_one_stage_alone_is_a_table_that_goes_away(terminal):
+    narrator, screen = terminal
+    with narrator.stage("inspect") as counter:
+        counter.start(40, "images")
+        counter.advance(10)
+        narrator._console.print("above")
+        assert "10 of 40 images" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[2K")  # erased
+    assert narrator._board is None
+
+
+def test_the_cursor_comes_back_when_a_stage_fails_or_is_interrupted(terminal):
+    narrator, screen = terminal
+
+    def end(error):
+        with narrator.stages([(None, "fit")]), narrator.stage("fit"):
+            raise error
+
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            end(error)
+        assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("\x1b[?25l")
+        assert narrator._board is None
+
+
+@pytest.mark.parametrize("why", ["quiet", "verbose", "dumb"])
+def test_no_table_where_it_would_be_torn_or_is_not_wanted(monkeypatch, why):
+    if why == "dumb":
+        monkeypatch.setenv("TERM", "dumb")
+    narrator, screen = Narrator(live=why != "verbose"), io.StringIO()
+    narrator._console = Console(file=screen, force_terminal=True, width=120, quiet=why == "quiet", color_system=None)
+    with narrator.stages([(None, "fit")]), narrator.stage("fit") as counter:
+        counter.start(10, "images")
+    narrator.done("fit", 1.0, {"rows": 3})
+    assert screen.getvalue() == ("" if why == "quiet" else "fit             1.0 s  rows 3\n")
 
 
 def test_silence_counts_nothing(capsys):

@@ -22,6 +22,7 @@ from pu_ray import images, manifest, page, pipeline, report, report_plots, repor
 from pu_ray.config import JobConfig
 from pu_ray.manifest import Publication
 from pu_ray.storage import Storage
+from pu_ray.usage import HourPrices, Usage, Workers
 
 # A job without a cascade has no such step.
 FOLDERS = {step.name: step.folder for step in pipeline.STEPS if step.only_if is None}
@@ -275,7 +276,9 @@ def test_controls_appear_when_they_are_evaluated(tmp_path, no_plots):
     facts = {**FACTS["evaluate"], "student_accuracy": rate(0.8), "gap_to_teacher": 15.0}
     publish(control.child("evaluation"), "evaluate", counts=COUNTS["evaluate"], facts=facts)
     expected = {"mined_rows": 8, "student_accuracy": rate(0.8), "gap_to_teacher": 15.0}
-    assert summarise(config)["controls"] == {"random": expected}
+    found = summarise(config)["controls"]
+    assert {name: found["random"][name] for name in expected} == expected
+    assert found["random"]["usage"]["seconds"] == pytest.approx(4.0, abs=0.5)  # of both stages
     assert "80.00 %" in render(config)
 
 
@@ -286,6 +289,99 @@ def test_an_example_image_is_one_of_the_test_images_that_lie_here(tmp_path):
     (tmp_path / "test" / "cat" / "1.png").write_bytes(png(1))
     assert summarise(config)["example_image"] == f"{tmp_path}/test/cat/1.png"
     assert summarise(job(tmp_path, test={"uri": "s3://bucket/test"}))["example_image"] is None
+
+
+# -- what it took ------------------------------------------------------------------------------------------
+
+MIB = 2**20
+ACTORS = Workers(unit="actors", most=3, peak_bytes=321 * MIB, cpu_hours=12.0, gpu_hours=0.0)
+TRAINING = Workers(unit="workers", most=2, peak_bytes=654 * MIB, gpu_peak_bytes=77 * MIB, cpu_hours=40.0, gpu_hours=2.0)
+PRICES = HourPrices(currency="EUR", cpu_hour=0.25, gpu_hour=3.0, cores_with_gpu=8.0)
+
+
+def taking(config: JobConfig, took: dict[str, Usage | None], prices: HourPrices | None = None) -> dict[str, Any]:
+    """The summary of a run whose stages took this."""
+    storage = Storage(config.output)
+    done = {name: made for name, folder in FOLDERS.items() if (made := manifest.read(storage.child(folder)))}
+    done = {
+        name: made.model_copy(update={"usage": took[name]}) if name in took else made for name, made in done.items()
+    }
+    return report.summarise(config, storage, done, len(FOLDERS), prices)
+
+
+def test_the_summary_says_what_each_stage_took_and_all_together(tmp_path):
+    config = make(tmp_path, "distill")
+    alone = Usage(driver_peak_bytes=111 * MIB)
+    took = {name: alone for name in ORDER[:6]} | {
+        "features": Usage(driver_peak_bytes=222 * MIB, workers=ACTORS),
+        "distill": Usage(driver_peak_bytes=100 * MIB, workers=TRAINING),
+    }
+    summary = taking(config, took, PRICES)
+    features, fit, distill = (summary["usage"][name] for name in ("features", "fit", "distill"))
+    assert (features["driver_peak_bytes"], features["worker_peak_bytes"]) == (222 * MIB, 321 * MIB)
+    assert (features["unit"], features["most"], features["gpu_peak_bytes"]) == ("actors", 3, None)
+    assert (features["cpu_hours"], features["cost"]) == (12.0, 3.0)
+    # Nobody worked for it but the driver.
+    assert (fit["unit"], fit["most"], fit["worker_peak_bytes"], fit["cpu_hours"], fit["cost"]) == (None, 0, None, 0, 0)
+    assert distill["gpu_peak_bytes"] == 77 * MIB
+    assert distill["cost"] == pytest.approx(2 * 3.0 + (40 - 16) * 0.25)
+    together = summary["usage_in_all"]
+    assert (together["driver_peak_bytes"], together["worker_peak_bytes"]) == (222 * MIB, 654 * MIB)
+    assert (together["cpu_hours"], together["gpu_hours"], together["cost"]) == (52.0, 2.0, 15.0)
+    assert together["seconds"] == pytest.approx(sum(summary["seconds"].values()))
+    assert summary["prices"] == PRICES.model_dump()
+
+
+def test_what_is_not_known_of_a_stage_is_not_known_of_all(tmp_path):
+    config = make(tmp_path, "score")
+    unknown = ACTORS.model_copy(update={"cpu_hours": None, "gpu_hours": None})
+    for usage in (None, Usage(driver_peak_bytes=MIB, workers=unknown)):
+        took = {"features": Usage(workers=ACTORS), "fit": Usage(driver_peak_bytes=MIB), "score": usage}
+        summary = taking(config, took, PRICES)
+        assert summary["usage"]["features"]["cost"] == 3.0
+        for part in (summary["usage"]["score"], summary["usage_in_all"]):
+            assert (part["cpu_hours"], part["gpu_hours"], part["cost"]) == (None, None, None)
+
+
+def test_without_prices_nothing_has_a_cost(tmp_path):
+    summary = taking(make(tmp_path, "features"), {"features": Usage(workers=ACTORS)})
+    assert (summary["prices"], summary["usage"]["features"]["cost"]) == (None, None)
+
+
+def _rows_of_time(html: str) -> dict[str, list[str]]:
+    """The table of what stages took: cells by the first one."""
+    table = html.split('aria-label="Time, memory and storage"')[1].split("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_page_shows_what_each_stage_took(tmp_path, no_plots):
+    config = make(tmp_path, "distill")
+    took = {"features": Usage(driver_peak_bytes=222 * MIB, workers=ACTORS), "fit": Usage(driver_peak_bytes=111 * MIB)}
+    took |= {"distill": Usage(driver_peak_bytes=100 * MIB, workers=TRAINING), "score": None}
+    html = report.render(config, Storage(config.output), taking(config, took, PRICES))
+    rows = _rows_of_time(html)
+    names = ["driver, MiB", "workers at once", "one worker, MiB", "its GPU, MiB", "CPU-hours", "GPU-hours", "EUR"]
+    assert rows["stage"][2:9] == names
+    assert rows["features"][2:9] == ["222", "3 actors", "321", "", "12.0000", "0", "3.00"]
+    assert rows["fit"][2:9] == ["111", "none", "", "", "0", "0", "0"]
+    assert rows["distill"][2:9] == ["100", "2 workers", "654", "77", "40.0000", "2.0000", "12.00"]
+    assert rows["score"][2:9] == ["", "not known", "", "", "not known", "not known", "not known"]
+    assert rows["in all"][6:9] == ["not known", "not known", "not known"]
+    assert len({len(cells) for cells in rows.values()}) == 1
+    text = Page(html).text
+    assert "0.25 EUR for a core and 3 for a GPU with its 8 cores" in text
+
+
+def test_a_run_without_gpus_or_prices_has_no_columns_of_theirs(tmp_path, no_plots):
+    config = make(tmp_path, "fit")
+    took = {"features": Usage(driver_peak_bytes=222 * MIB, workers=ACTORS), "fit": Usage(driver_peak_bytes=111 * MIB)}
+    html = report.render(config, Storage(config.output), taking(config, took))
+    rows = _rows_of_time(html)
+    assert rows["stage"][2:6] == ["driver, MiB", "workers at once", "one worker, MiB", "CPU-hours"]
+    assert rows["in all"][2:6] == ["222", "3 actors", "321", "12.0000"]
+    assert len({len(cells) for cells in rows.values()}) == 1
+    assert "pu-ray report JOB.yaml --prices FILE.yaml" in Page(html).text
 
 
 # -- report.html -------------------------------------------------------------------------------------------
@@ -403,8 +499,8 @@ def test_contrast_is_what_wcag_asks_for():
     assert (light["soft"], dark["soft"]) == (page.INK, page.INK_ON_DARK)
 
 
-# Numbers of the page's own prose: three 95 % intervals, 255 levels, top-5, SHA-256.
-PROSE = {"95", "255", "5", "256"}
+# Numbers of the page's own prose: three 95 % intervals, 255 levels, top-5, SHA-256, and less than 0.01 of a currency.
+PROSE = {"95", "255", "5", "256", "0.01"}
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -428,7 +524,7 @@ def numbers_of(summary: dict[str, Any]) -> set[str]:
             allowed |= set(re.findall(NUMBER, leaf))
         else:
             allowed |= {form.format(abs(scaled)) for form in forms for scaled in (leaf, 100 * leaf)}
-            allowed |= set(re.findall(NUMBER, page.size(int(leaf))))
+            allowed |= set(re.findall(NUMBER, page.size(int(leaf)))) | {page.mib(int(leaf))}
     return allowed
 
 

@@ -58,3 +58,14 @@ def test_a_table_of_one_s_own_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     assert prices.load(path).currency == "EUR"
+
+
+def test_an_hour_costs_its_share_of_a_whole_node(tmp_path: Path) -> None:
+    text = prices.PRICES_FILE.read_text(encoding="utf-8")
+    nodes = yaml.safe_load(text)["nodes"]
+    nodes["cpu"] |= {"cpus": 10, "price_per_hour": 2.0}
+    nodes["gpu"] |= {"cpus": 24, "gpus": 4, "price_per_hour": 12.0}
+    path = tmp_path / "prices.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(text) | {"nodes": nodes, "currency": "EUR"}), encoding="utf-8")
+    hour = prices.load(path).per_hour()
+    assert hour.model_dump() == {"currency": "EUR", "cpu_hour": 0.2, "gpu_hour": 3.0, "cores_with_gpu": 6.0}
