@@ -164,16 +164,25 @@ def make(
         )
     refusals: list[PuRayError] = []
     lake = labeled = networks = measured = None
+    classes: list[str] = []
+    try:
+        classes = _teacher_classes(config)
+    except PuRayError as error:
+        refusals.append(error)
     try:
         shards = _list(config, progress)
         lake = measure_lake(config, shards, finest=deadline_hours is not None)
-        if calibrated:
+        if calibrated and classes:
             measured = calibrate.measure(config, shards, progress)
     except PuRayError as error:
         refusals.append(error)
     try:
-        labeled = _count_images("labeled.uri", config.labeled.uri)
-        _count_images("test.uri", config.test.uri)
+        labeled = _count_images("labeled.uri", config.labeled.uri, classes)
+        _require_enough(labeled, config)
+    except PuRayError as error:
+        refusals.append(error)
+    try:
+        _count_images("test.uri", config.test.uri, classes)
     except PuRayError as error:
         refusals.append(error)
     try:
@@ -379,7 +388,28 @@ def _need(requirement: preflight.Requirement) -> Need:
     )
 
 
-def _count_images(where: str, uri: str) -> int:
+def _teacher_classes(config: JobConfig) -> list[str]:
+    """The teacher's classes; its weights have to be there, and are not opened."""
+    from pu_ray import models
+
+    classes = models.read_classes(config.teacher.classes)
+    folder, name = Storage(config.teacher.weights).split()
+    if folder.kind(name) != "file":
+        raise DataError(
+            "there are no weights",
+            slug="no-weights",
+            where=f"teacher.weights ({config.teacher.weights})",
+            allowed="a .safetensors file, or a .pth that holds a plain state dict",
+            got="a folder" if folder.exists(name) else "nothing",
+            hint="check the URI, and the credentials and endpoint in the environment",
+        )
+    return classes
+
+
+def _count_images(where: str, uri: str, classes: Sequence[str]) -> int:
+    """How many images lie in the folders of the classes; without classes, in any."""
+    from pu_ray import lake
+
     files = len(Storage(uri).list_files())
     if files == 0:
         raise DataError(
@@ -390,7 +420,13 @@ def _count_images(where: str, uri: str) -> int:
             got="0 files",
             hint="check the URI, and the credentials and endpoint in the environment",
         )
-    return files
+    return len(lake.list_labeled(uri, classes)) if classes else files
+
+
+def _require_enough(labeled: int, config: JobConfig) -> None:
+    from pu_ray.pu import fit, training
+
+    fit.require_enough([training.role_at(position, config.scorer.split) for position in range(labeled)], config)
 
 
 def _spread(shards: list[Shard], most: int) -> list[Shard]:

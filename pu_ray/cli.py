@@ -221,18 +221,19 @@ def trace(
 ) -> None:
     """Which runs saw an image, chose it, and taught a student with it."""
     State.verbose = verbose
-    from pu_ray import lineage
+    from pu_ray.lineage import ids, lookup
+    from pu_ray.lineage import trace as tracing
     from pu_ray.storage import Storage
 
-    sample = lineage.sample_of(image)
+    sample = ids.sample_of(image)
     found = []
     with Narrator(quiet).stage("trace") as progress:
-        for uri in dict.fromkeys(run for given in runs for run in lineage.runs_below(given)):
-            found.append(lineage.trace(Storage(uri), sample, progress))
+        for uri in dict.fromkeys(run for given in runs for run in lookup.runs_below(given)):
+            found.append(tracing.trace(Storage(uri), sample, progress))
     if as_json:
         print_json([each.model_dump(mode="json") | {"found": each.found} for each in found])
     else:
-        print(lineage.render_traces(found))
+        print(tracing.render(found))
 
 
 @app.command()
@@ -246,19 +247,20 @@ def forget(
 ) -> None:
     """Never choose these images again, and erase the run's copies of them."""
     State.verbose = verbose
-    from pu_ray import lineage
+    from pu_ray.lineage import forget as forgetting
+    from pu_ray.lineage.ids import read_list
     from pu_ray.storage import Storage
 
     folder, name = Storage(ids).split()
-    samples = lineage.read_ids(folder.read_bytes(name), ids)
+    samples = read_list(folder.read_bytes(name), ids)
     narrator = Narrator(quiet)
     State.resume_hint = "run the same command again, and it goes on"
     with narrator.stage("forget") as progress:
-        done = lineage.forget(run, samples, progress, apply=apply, note=narrator.say)
+        done = forgetting.forget(run, samples, progress, apply=apply, note=narrator.say)
     if as_json:
         print_json(done.model_dump(mode="json"))
     else:
-        print(lineage.render_forgetting(done, f"pu-ray forget --list {ids} {run} --apply"))
+        print(forgetting.render(done, f"pu-ray forget --list {ids} {run} --apply"))
 
 
 @app.command()

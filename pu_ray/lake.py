@@ -827,8 +827,8 @@ def labeled_fingerprint(uri: str) -> str:
     return _fingerprint(Storage(uri).list_files())
 
 
-def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
-    """Images in one folder per class.
+def list_labeled(uri: str, classes: Sequence[str]) -> dict[str, int]:
+    """Images in one folder per class, none of them opened: the class's index, by path.
 
     Raises:
         DataError: Nothing there, or a folder that is not a class; the nearest class is suggested.
@@ -836,7 +836,7 @@ def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
     storage = Storage(uri)
     files = [file.path for file in storage.list_files() if file.path.lower().endswith(IMAGE_SUFFIXES)]
     index = {name: position for position, name in enumerate(classes)}
-    labels = []
+    labels = {}
     for path in files:
         name, slash, _ = path.partition("/")
         if not slash or name not in index:
@@ -849,8 +849,8 @@ def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
                 got=name if slash else "no folder",
                 hint=f"did you mean '{close[0]}'?" if close else "one folder per class, named as in teacher.classes",
             )
-        labels.append(index[name])
-    if not files:
+        labels[path] = index[name]
+    if not labels:
         raise DataError(
             "there are no labeled images",
             slug="no-labeled-images",
@@ -858,8 +858,17 @@ def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
             allowed="one folder per class with image files",
             hint="check the URI; the folders have the names in teacher.classes",
         )
+    return labels
+
+
+def read_labeled(uri: str, classes: Sequence[str]) -> LabeledImages:
+    """Images in one folder per class.
+
+    Raises:
+        DataError: As `list_labeled`.
+    """
+    storage, labels = Storage(uri), list_labeled(uri, classes)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        encoded = list(pool.map(storage.read_bytes, files))
-    return LabeledImages(
-        [images.sample_id(content) for content in encoded], files, np.asarray(labels, np.int64), encoded
-    )
+        encoded = list(pool.map(storage.read_bytes, labels))
+    ids = [images.sample_id(content) for content in encoded]
+    return LabeledImages(ids, list(labels), np.asarray(list(labels.values()), np.int64), encoded)

@@ -16,9 +16,10 @@ from functools import cached_property
 from typing import Any
 
 from pu_ray import config as settings_of
-from pu_ray import gate, lease, lineage, manifest
+from pu_ray import gate, lease, manifest
 from pu_ray.config import JobConfig, NetworkConfig
 from pu_ray.errors import ConfigError, DataError
+from pu_ray.lineage import forgotten_list
 from pu_ray.manifest import Manifest
 from pu_ray.progress import Narrator
 from pu_ray.storage import Storage, sha256_of
@@ -323,7 +324,7 @@ class Sources:
     @cached_property
     def forgotten(self) -> str:
         """Which of the lake's images this run must not choose, or nothing."""
-        return lineage.forgotten_digest(Storage(self._job.output)) or NOTHING
+        return forgotten_list.digest(Storage(self._job.output)) or NOTHING
 
     @staticmethod
     def _content(uri: str | None) -> str:

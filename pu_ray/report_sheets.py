@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from pu_ray import images, lake, ledger, lineage, schema
+from pu_ray import images, lake, ledger, schema
 from pu_ray.config import JobConfig
+from pu_ray.lineage import forgotten_list, lookup
 from pu_ray.page import Picture, inline
 from pu_ray.storage import Storage
 
@@ -95,7 +96,7 @@ def of_mined(job: JobConfig, storage: Storage, classes: Sequence[str]) -> Sheets
         storage: Its output; scores, selection and mined images are there.
         classes: Names.
     """
-    hidden = lineage.not_to_be_shown(storage)
+    hidden = forgotten_list.not_to_be_shown(storage)
     chosen = storage.child("selection").read_table(
         "selection.parquet", [schema.SAMPLE_ID, schema.SCORE, schema.PREDICTED, schema.ORDER]
     )
@@ -223,7 +224,7 @@ def of_confusions(job: JobConfig, storage: Storage, pairs: Sequence[Mapping[str,
         storage: Its output.
         pairs: `measures.confusion_pairs`.
     """
-    hidden, test = lineage.not_to_be_shown(storage), Storage(job.test.uri)
+    hidden, test = forgotten_list.not_to_be_shown(storage), Storage(job.test.uri)
     found: list[Picture | None] = []
     for pair in pairs:
         tiles = []
@@ -241,7 +242,7 @@ def of_confusions(job: JobConfig, storage: Storage, pairs: Sequence[Mapping[str,
 
 def _mined_tiles(job: JobConfig, mined: Storage, wanted: Set[bytes]) -> dict[bytes, Tile]:
     limits, tiles = images.Limits.of(job.lake), {}
-    for _, table in lineage.find(mined, ledger.data_files(mined), sorted(wanted), [schema.BYTES]):
+    for _, table in lookup.find(mined, ledger.data_files(mined), sorted(wanted), [schema.BYTES]):
         for row in table.to_pylist():
             tiles[row[schema.SAMPLE_ID]] = _tile(job, row[schema.BYTES], limits)
     return tiles

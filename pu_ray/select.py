@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pu_ray import balance, duplicates, images, lake, ledger, lineage, manifest, schema
+from pu_ray import balance, duplicates, images, lake, ledger, manifest, schema
 from pu_ray.config import THRESHOLD_RULES, JobConfig, SelectionConfig
 from pu_ray.errors import DataError
+from pu_ray.lineage import forgotten_list, lookup
 from pu_ray.manifest import Manifest, Publication
 from pu_ray.progress import Progress
 from pu_ray.pu import threshold
@@ -268,7 +269,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     labeled = scorer.read_table("labeled.parquet", [schema.SAMPLE_ID])[schema.SAMPLE_ID].to_pylist()
     evaluation = lake.read_labeled(config.test.uri, classes)
     only = _true_positives(config) if settings.rule == "oracle" else None
-    forgotten = set(lineage.forgotten(Storage(config.output)))  # a control forgets what its job does
+    forgotten = set(forgotten_list.read(Storage(config.output)))  # a control forgets what its job does
     known = _known(labeled, evaluation) | dict.fromkeys(forgotten, "forgotten")
     candidates, why_not = _candidates(scores, settings, cut_K, config.seed, known, only, progress)
     passed = candidates.num_rows + len(why_not)
@@ -279,7 +280,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     kept = _without(candidates, near)
     if forgotten:
         # Or a copy would step into the place of what was forgotten.
-        miniatures = lineage.thumbnails_of(forgotten, thumbnails)
+        miniatures = lookup.thumbnails_of(forgotten, thumbnails)
         alike = _near_leaks(thumbnails, kept, miniatures, settings.near_copy_correlation)
         why_not |= dict.fromkeys(sorted(alike), "near_forgotten")
         kept = _without(kept, alike)

@@ -53,7 +53,7 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     teacher, classes = models.load_teacher(config.teacher)
     labeled = lake.read_labeled(config.labeled.uri, classes)
     roles = assign_roles(labeled.ids, labeled.labels, settings.split, config.seed)
-    _require_enough(roles, config)
+    require_enough(roles, config)
 
     positive = _seen_by(teacher, torch.from_numpy(_pixels(config, labeled)), config)
     features_storage = storage.child("features")
@@ -120,7 +120,16 @@ def run(config: JobConfig, storage: Storage, inputs: Mapping[str, str], identity
     )
 
 
-def _require_enough(roles: list[str], config: JobConfig) -> None:
+def require_enough(roles: list[str], config: JobConfig) -> None:
+    """Refuse a job with too few labeled images for its split, or for the recall that it promises.
+
+    Args:
+        roles: Those of the labeled images.
+        config: The job.
+
+    Raises:
+        DataError: Says how many there are, and how many are needed.
+    """
     counts = {role: roles.count(role) for role in ROLES}
     needed = dict.fromkeys(ROLES, 10)
     if config.selection.rule == "recall":

@@ -72,12 +72,16 @@ def assign_roles(ids: list[bytes], labels: Any, split: SplitConfig, seed: int) -
     )
     roles: dict[bytes, str] = {}
     # Walking class by class along one running count keeps the shares exact overall and nearly so in each class.
-    bounds = (split.train, split.train + split.validate_)
     for position, (_, sample) in enumerate(order):
-        # A golden-ratio sequence spreads the roles evenly over every class.
-        place = (position * 0.6180339887498949) % 1.0
-        roles.setdefault(sample, ROLES[sum(place >= bound for bound in bounds)])
+        roles.setdefault(sample, role_at(position, split))
     return [roles[sample] for sample in ids]
+
+
+def role_at(position: int, split: SplitConfig) -> str:
+    """The role of one image in the running count: one of `ROLES`."""
+    # A golden-ratio sequence spreads the roles evenly over every class.
+    place = (position * 0.6180339887498949) % 1.0
+    return ROLES[sum(place >= bound for bound in (split.train, split.train + split.validate_))]
 
 
 def rank(sample: bytes, seed: int) -> bytes:

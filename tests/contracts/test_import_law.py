@@ -62,6 +62,14 @@ def test_the_layers_of_the_law_name_every_module_of_the_package():
     assert {name for name in named if name.startswith("pu_ray.")} - modules == set()
 
 
+def test_what_is_installed_holds_every_package():
+    import tomllib
+
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [file.parent for name in ("pu_ray", "serving", "cluster") for file in (ROOT / name).rglob("__init__.py")]
+    assert sorted(installed) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+
+
 def test_importing_the_packages_loads_nothing_heavy():
     assert loaded_by("import pu_ray, serving, cluster") == []
 

@@ -39,12 +39,15 @@ def make_job(tmp_path: Path) -> MakeJob:
 
 @pytest.fixture
 def make_images(tmp_path: Path) -> Callable[[int, int], None]:
-    """A Parquet lake of so many shards and rows per shard, and one labeled and one test image."""
+    """A Parquet lake of so many shards and rows per shard, 170 labeled and 170 test images, and a teacher's files."""
 
     def make(shards: int, rows: int) -> None:
         for folder in ("labeled/cat", "test/cat"):
             (tmp_path / folder).mkdir(parents=True)
-            (tmp_path / folder / "one.png").write_bytes(b"not looked at")
+            for image in range(170):
+                (tmp_path / folder / f"{image:03d}.png").write_bytes(b"not looked at")
+        (tmp_path / "classes.txt").write_text("cat\ndog\n")
+        (tmp_path / "teacher.safetensors").write_bytes(b"not opened")
         (tmp_path / "lake").mkdir()
         for shard in range(shards):
             table = pa.table({"bytes": pa.array([b"x" * 1000] * rows, pa.large_binary())})

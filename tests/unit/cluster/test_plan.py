@@ -217,14 +217,62 @@ def test_every_refusal_shows_at_once(make_job: MakeJob, tmp_path: Path, table: p
     assert made.lake is None
     assert made.stages == ()
     assert made.deadline is None
-    assert len(made.refusals) == 3
-    assert made.refusals[0].startswith("(data/lake-without-images) ")
-    assert "the lake holds no images" in made.refusals[0]
-    assert "labeled.uri" in made.refusals[1]
-    assert "there is no residual network of this depth" in made.refusals[2]
+    teacher, lake_, labeled, test, student = made.refusals
+    assert "classes.txt" in teacher
+    assert lake_.startswith("(data/lake-without-images) ")
+    assert "the lake holds no images" in lake_
+    assert "labeled.uri" in labeled
+    assert "test.uri" in test
+    assert "there is no residual network of this depth" in student
     assert made.exit_status == 3
     assert "This job would be refused" in plan.render(made)
     assert made.needs
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_weights_that_are_not_there_are_refused_once(
+    make_job: MakeJob,
+    make_images: MakeImages,
+    table: prices.Prices,
+    tmp_path: Path,
+    calibrated: bool,
+) -> None:
+    make_images(1, 20)
+    (tmp_path / "teacher.safetensors").unlink()
+    [refusal] = plan.make(make_job(), table, Silent(), calibrated=calibrated).refusals
+    assert refusal.startswith(
+        f"(data/no-weights) teacher.weights ({tmp_path}/teacher.safetensors): there are no weights"
+    )
+    assert "got: nothing" in refusal
+    (tmp_path / "teacher.safetensors").mkdir()
+    (tmp_path / "teacher.safetensors" / "model.bin").write_bytes(b"x")
+    [refusal] = plan.make(make_job(), table, Silent(), calibrated=calibrated).refusals
+    assert "got: a folder" in refusal
+
+
+@pytest.mark.parametrize("part", ["labeled", "test"])
+def test_a_folder_that_is_no_class_is_refused_before_the_lake_is_worked_on(
+    make_job: MakeJob, make_images: MakeImages, table: prices.Prices, tmp_path: Path, part: str
+) -> None:
+    make_images(1, 20)
+    (tmp_path / part / "cat").rename(tmp_path / part / "cats")
+    [refusal] = plan.make(make_job(), table, Silent()).refusals
+    assert refusal.startswith(f"(data/not-in-class-folder) {tmp_path}/{part}/cats/000.png: ")
+    assert "did you mean 'cat'?" in refusal
+
+
+def test_too_few_labeled_images_for_the_promise_are_refused_before_the_lake_is_worked_on(
+    make_job: MakeJob, make_images: MakeImages, table: prices.Prices, tmp_path: Path
+) -> None:
+    make_images(1, 20)
+    for image in range(168, 170):
+        (tmp_path / "labeled" / "cat" / f"{image:03d}.png").unlink()
+    made = plan.make(make_job(), table, Silent())
+    [refusal] = made.refusals
+    assert refusal.startswith("(data/too-few-labeled-images) ")
+    assert "calibrate >= 59" in refusal
+    assert made.stages, "the rest is reckoned all the same"
+    assert plan.make(make_job(selection={"recall": 0.9}), table, Silent()).refusals == ()
 
 
 def test_a_job_that_no_node_can_hold_is_refused(
