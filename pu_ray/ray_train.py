@@ -223,6 +223,9 @@ def run(
             worker_runtime_env={"env_vars": dict(_WORKER_ENVIRONMENT)},  # type: ignore[call-arg]  # V2 has it
         ),
     )
+    # Ray Train's own handler of Ctrl-C leaves with status 1 and without a word, and would stay after the training.
+    # Without it Ctrl-C ends the driver as in every other stage, and what is left is what a killed driver leaves.
+    trainer._register_sigint_handler = lambda _controller: None  # type: ignore[attr-defined]
     watching = _watching(counter, progress, resources)
     with watching:
         try:

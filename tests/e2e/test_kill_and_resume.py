@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,14 +35,19 @@ def kill_when(job: Path, sign: Callable[[], bool]) -> None:
     command = [sys.executable, "-m", "pu_ray", "run", str(job), "--quiet"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 200
-        while not sign():
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(process, sign)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def wait_for(process: subprocess.Popen[Any], sign: Callable[[], bool]) -> None:
+    """Until the sign is seen."""
+    deadline = time.monotonic() + 200
+    while not sign():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def selection(folder: Path) -> bytes:
@@ -74,6 +80,19 @@ def test_killed_while_mining_and_while_distilling_it_ends_where_it_would_have(
     accuracies = [summary["student_accuracy"] for summary in summaries]
     assert accuracies[0]["low"] <= accuracies[1]["value"] <= accuracies[0]["high"]
     assert summaries[0]["scored_rows"] == summaries[1]["scored_rows"]
+
+
+def test_ctrl_c_while_distilling_says_how_to_go_on(task: Path, undisturbed: Path, tmp_path: Path) -> None:
+    # Ray Train has a handler of its own, which knows nothing of our exit status.
+    shutil.copytree(undisturbed / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student", "controls"))
+    job = write_job(task, tmp_path, distill={"max_steps": 1500, "checkpoint_steps": 20})
+    process = subprocess.Popen([sys.executable, "-m", "pu_ray", "run", str(job)], stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: any((tmp_path / "run").glob(SIGNS["distill"])))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted; run the same command again: what is finished is kept"
+    assert not (tmp_path / "run/student/manifest.json").exists(), "it was trained to the end all the same"
 
 
 @pytest.mark.slow
