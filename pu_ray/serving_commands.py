@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,9 @@ _HAPROXY = {
     # A process that stops waits so long for HAProxy to hear of it. Ray's 30 s are for load balancers of a cloud.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
+
+# Where HAProxy listens besides: Ray's choices, and others where another server of this machine has these.
+_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
 
 # Ray runs its workers at 15, so that a busy one never starves the node. Here a request waits for them, and HAProxy
 # before them runs at 0: whatever else runs on the machine would come first.
@@ -102,7 +106,8 @@ def serve(
                 where="--haproxy",
                 hint="set RAY_SERVE_ENABLE_HA_PROXY=1 on every node before Ray starts there",
             )
-        for variable, value in _HAPROXY.items():
+        ports = {variable: str(_free_port(port)) for variable, port in _HAPROXY_PORTS.items()}
+        for variable, value in (_HAPROXY | ports).items():
             os.environ.setdefault(variable, value)  # Ray reads them when it is first imported
     from serving import lean
 
@@ -156,6 +161,16 @@ def serve(
         server.run_until_interrupted(
             students, settings, host=host, port=port, on_ready=on_ready, on_change=narrator.say
         )
+
+
+def _free_port(wanted: int) -> int:
+    """This TCP port if nobody listens there, else any."""
+    for port in (wanted, 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    return wanted  # HAProxy will say what is wrong
 
 
 def predict(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 from cluster import session
-from pu_ray import cli
+from pu_ray import cli, serving_commands
 from serving import app, auth, client
 from serving.settings import ServingSettings
 from tests.unit.serving.students import png, write_student
@@ -127,6 +129,23 @@ def test_settings_come_from_flags(call: Call, served: SimpleNamespace, tmp_path:
     assert (served.settings.placement, served.settings.fronts) == ("apart", 3)
     call("serve", "a", "--no-auth")
     assert (served.settings.authentication, served.settings.token_digests) == ("off", ())
+
+
+def test_haproxy_listens_where_no_other_server_does(
+    call: Call, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in (*serving_commands._HAPROXY, *serving_commands._HAPROXY_PORTS):
+        monkeypatch.setenv(variable, "-")  # so that it is undone
+        monkeypatch.delenv(variable)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(serving_commands, "_HAPROXY_PORTS", {"RAY_SERVE_HAPROXY_STATS_PORT": taken})
+        call("serve", "a", "--haproxy", "--host", "0.0.0.0")
+    chosen = int(os.environ["RAY_SERVE_HAPROXY_STATS_PORT"])
+    assert chosen not in (0, taken)
+    assert serving_commands._free_port(taken) == taken, "by now it is free"
 
 
 @pytest.mark.parametrize("wrong", [["--replicas", "0"], ["--engine", "tensorrt"], ["--grpc-port", "70000"]])
