@@ -82,6 +82,7 @@ def test_killed_while_mining_and_while_distilling_it_ends_where_it_would_have(
     assert summaries[0]["scored_rows"] == summaries[1]["scored_rows"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_distilling_says_how_to_go_on(task: Path, undisturbed: Path, tmp_path: Path) -> None:
     # Ray Train has a handler of its own, which knows nothing of our exit status.
     shutil.copytree(undisturbed / "run", tmp_path / "run", ignore=shutil.ignore_patterns("student", "controls"))
