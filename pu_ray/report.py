@@ -16,24 +16,13 @@ from pydantic import BaseModel
 
 from pu_ray import manifest, page, report_curves, report_plots, report_sheets
 from pu_ray.config import JobConfig
+from pu_ray.lineage import lookup
 from pu_ray.manifest import Manifest
 from pu_ray.storage import Storage
 from pu_ray.usage import HourPrices, larger
 
 # Whose manifests the lineage shows, in the order of their making.
-_ARTIFACTS = (
-    "cascade",
-    "features",
-    "scorer",
-    "scores",
-    "selection",
-    "mined",
-    "soft_labels",
-    "student",
-    "evaluation",
-    "exported",
-    "audit",
-)
+_ARTIFACTS = (*lookup.ARTIFACTS, "audit")
 _EVALUATED = (
     "teacher_calibration_error",
     "student_calibration_error",

@@ -130,7 +130,7 @@ def _stages() -> tuple[metrics.Histogram, ...]:
     # Once per process, however many students it opens: Ray knows a metric by its name.
     return (
         metrics.Histogram("pu_ray_decode_seconds", "Time to decode a request's images.", _SECONDS, _OF),
-        metrics.Histogram("pu_ray_queue_seconds", "Time that decoded images wait for a batch.", _SECONDS, _OF),
+        metrics.Histogram("pu_ray_queue_seconds", "Time that images wait for their turn.", _SECONDS, _OF),
         metrics.Histogram("pu_ray_inference_seconds", "Time of a forward pass.", _SECONDS, _OF),
         metrics.Histogram("pu_ray_batch_images", "Images of a forward pass.", _IMAGES, _OF),
     )

@@ -53,6 +53,19 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return images
 
 
+@pytest.fixture
+def all_wait(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Keeps every thread at its first image until it is set."""
+    go, prepare = threading.Event(), Predictor.prepare
+
+    def waiting(self: Predictor, images: Images) -> Prepared:
+        assert go.wait(30)
+        return prepare(self, images)
+
+    monkeypatch.setattr(Predictor, "prepare", waiting)
+    return go
+
+
 @pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_requests_share_passes_and_get_their_own_rows(
@@ -76,16 +89,9 @@ def test_requests_share_passes_and_get_their_own_rows(
 
 
 def test_what_comes_meanwhile_goes_together(
-    student: Student, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+    student: Student, monkeypatch: pytest.MonkeyPatch, passes: list[int], all_wait: threading.Event
 ) -> None:
     monkeypatch.setattr(Predictor, "best_batch", lambda _self, _most: 4)
-    all_wait, prepare = threading.Event(), Predictor.prepare
-
-    def waiting(self: Predictor, images: Images) -> Prepared:
-        assert all_wait.wait(30)
-        return prepare(self, images)
-
-    monkeypatch.setattr(Predictor, "prepare", waiting)
 
     async def asking() -> None:
         one = local.LocalStudent(student, SETTINGS)
@@ -101,16 +107,9 @@ def test_what_comes_meanwhile_goes_together(
 
 
 def test_nobody_works_for_whoever_stopped_waiting(
-    student: Student, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+    student: Student, monkeypatch: pytest.MonkeyPatch, passes: list[int], all_wait: threading.Event
 ) -> None:
     monkeypatch.setattr(Predictor, "best_batch", lambda _self, _most: 1)
-    all_wait, prepare = threading.Event(), Predictor.prepare
-
-    def waiting(self: Predictor, images: Images) -> Prepared:
-        assert all_wait.wait(30)
-        return prepare(self, images)
-
-    monkeypatch.setattr(Predictor, "prepare", waiting)
 
     async def asking() -> None:
         one = local.LocalStudent(student, SETTINGS)
